@@ -1,0 +1,218 @@
+"""Every error that this package raises.
+
+Rules:
+
+- every class ends in ``Error`` and derives from `ProxyError`;
+- third-party exceptions are translated in the module that imports the third party, so nothing else
+  leaves a module of ours;
+- "absent" (`NotFoundError`: everybody was asked, nobody has it) and "unknown" (`UpstreamError`:
+  somebody could not be asked) are never confused, because only the first may be remembered;
+- ``server.app.STATUSES`` has a row for each class that can reach a client; a test walks the tree.
+
+::
+
+    ProxyError
+    ├─ ParseError              a narinfo, hash, key … is malformed
+    ├─ RequestError            the client asked for something that cannot exist
+    │  └─ RangeError           … or for bytes that the file does not have
+    ├─ NotFoundError           nobody has it
+    ├─ TrustError              it was there, and it is not what was signed
+    │  ├─ SignatureError       no valid signature of a trusted key
+    │  ├─ WrongPathError       the narinfo is for another store path
+    │  ├─ HashMismatchError    FileHash or NarHash differ
+    │  ├─ SizeMismatchError    FileSize or NarSize differ
+    │  ├─ DecodeError          the compressed stream is damaged, truncated or needs too much memory
+    │  └─ UnverifiableError    nothing here can check it
+    ├─ UpstreamError           we do not know
+    │  ├─ UpstreamUnavailableError   refused, reset, DNS, TLS, 5xx, 429
+    │  ├─ UpstreamTimeoutError       no answer in time
+    │  ├─ UpstreamDeniedError        401, 403, 407
+    │  ├─ UpstreamProtocolError      an answer that no binary cache gives
+    │  └─ UpstreamLiedError          it answered, and a `TrustError` says what is wrong with it
+    ├─ StoreError              the local disk failed
+    │  └─ StoreLockedError     another daemon has the store
+    ├─ ListenError             an address cannot be listened on
+    └─ ConfigError             the configuration is wrong
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ProxyError(Exception):
+    """Base of everything below."""
+
+
+class ParseError(ProxyError, ValueError):
+    """A text of the binary-cache protocol is malformed.
+
+    Args:
+        what: What was parsed, in the field's words: ``"narinfo"``, ``"store path"``, ``"hash"``.
+        reason: What is wrong with it, without the whole input.
+        line: 1-based line, where the text has lines.
+        field: The field's name, where the text has fields.
+    """
+
+    def __init__(
+        self, what: str, reason: str, *, line: int | None = None, field: str | None = None
+    ) -> None:
+        self.what = what
+        self.reason = reason
+        self.line = line
+        self.field = field
+        where = "".join(
+            (
+                f", line {line}" if line is not None else "",
+                f", field {field}" if field is not None else "",
+            )
+        )
+        super().__init__(f"{what}{where}: {reason}")
+
+
+class RequestError(ProxyError):
+    """The client's request is malformed; no upstream is asked."""
+
+
+class RangeError(RequestError):
+    """The requested range lies outside of the file (RFC 9110 §15.5.17).
+
+    Args:
+        size: Bytes that the file has.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        super().__init__(f"the requested range lies outside of the {size} bytes there are")
+
+
+class NotFoundError(ProxyError, LookupError):
+    """Everybody who could have it was asked, and nobody has it."""
+
+
+class TrustError(ProxyError):
+    """Something arrived, and it is not what a trusted key signed."""
+
+    kind: ClassVar[str] = "other"
+    """A word for the ``kind`` label of metrics."""
+
+
+class SignatureError(TrustError):
+    """No valid signature of a trusted key."""
+
+    kind = "signature"
+
+
+class WrongPathError(TrustError):
+    """The narinfo is for another store path than the one asked for."""
+
+    kind = "store_path"
+
+
+class HashMismatchError(TrustError):
+    """FileHash or NarHash differ from what arrived."""
+
+    kind = "hash"
+
+
+class SizeMismatchError(TrustError):
+    """FileSize or NarSize differ from what arrived."""
+
+    kind = "size"
+
+
+class DecodeError(TrustError):
+    """The compressed stream is damaged, truncated, or asks for too much memory."""
+
+    kind = "encoding"
+
+
+class UnverifiableError(TrustError):
+    """No decoder reads the compression and there is no FileHash, so nothing can be checked."""
+
+    kind = "unverifiable"
+
+
+class UpstreamError(ProxyError):
+    """An upstream could not be asked, so whether it has the path is unknown.
+
+    Args:
+        upstream: The upstream's configured name.
+        reason: What happened, for the log.
+    """
+
+    outcome: ClassVar[str] = "error"
+    """A word for the ``outcome`` label of metrics."""
+
+    def __init__(self, upstream: str, reason: str) -> None:
+        self.upstream = upstream
+        self.reason = reason
+        super().__init__(f"upstream {upstream}: {reason}")
+
+
+class UpstreamUnavailableError(UpstreamError):
+    """Refused, reset, DNS or TLS failure, 408, 429 or 5xx."""
+
+    outcome = "unavailable"
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """No answer, or no further byte, in time."""
+
+    outcome = "timeout"
+
+
+class UpstreamDeniedError(UpstreamError):
+    """401, 403 or 407: our credentials are missing or wrong."""
+
+    outcome = "denied"
+
+
+class UpstreamProtocolError(UpstreamError):
+    """An answer that no binary cache gives: HTML, a truncated narinfo, a redirect loop."""
+
+    outcome = "protocol"
+
+
+class UpstreamLiedError(UpstreamError):
+    """It answered, and a `TrustError` (the cause of this one) says what is wrong with that."""
+
+    outcome = "rejected"
+
+
+class StoreError(ProxyError):
+    """The local disk refused: full, read-only, vanished, damaged."""
+
+
+class StoreLockedError(StoreError):
+    """Another daemon has the store."""
+
+
+class ListenError(ProxyError):
+    """An address cannot be listened on: taken, not ours, not permitted."""
+
+
+class ConfigError(ProxyError):
+    """The configuration cannot be used.
+
+    Args:
+        reason: What is wrong, and what would be right.
+        file: The configuration file, or where else the value came from (``"--listen"``).
+        line: 1-based line of the key, when known.
+        key: The key in dotted form (``"upstream[1].url"``), when known.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        file: str | None = None,
+        line: int | None = None,
+        key: str | None = None,
+    ) -> None:
+        self.reason = reason
+        self.file = file
+        self.line = line
+        self.key = key
+        where = ":".join(str(part) for part in (file, line) if part is not None)
+        super().__init__(": ".join(part for part in (where, key, reason) if part))
