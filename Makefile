@@ -30,6 +30,7 @@ check: $(DEVELOPMENT) ## lint, format, types, layers; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict proxy tests
+	$(BIN)/lint-imports
 
 lock: $(DEVELOPMENT) ## write the locks anew from pyproject.toml; make lock ARGS=--upgrade
 	$(LOCK) --group build $(ARGS) --output-file requirements.lock

@@ -1,0 +1,340 @@
+"""The pull-through: the store, else the upstreams; keep only what verifies.
+
+Rules:
+
+- Only a `VerifiedNarInfo` is rendered, remembered or stored (`proxy.known`).
+- A thing is asked for once, however many ask for it (`_once`), and by a task of the daemon, so that a
+  client which leaves takes nothing away from the others.
+- A NAR's URL needs no memory: it names the path and the NarHash, and a narinfo that says the same leads to
+  wherever the upstream keeps the file today.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+from proxy.errors import (
+    NotFoundError,
+)
+from proxy.events import COALESCED, HIT, MISS, Observer, Result
+from proxy.failover import Failover
+from proxy.fetch import Fetch, Reader, Supply
+from proxy.known import KnownPaths
+from proxy.nix.nar_name import NarName
+from proxy.nix.store_path import HashPart
+from proxy.recent import Recent
+from proxy.store.files import OpenFile
+from proxy.store.folder import Store
+from proxy.supplier import Supplier, closed, opened
+
+T = TypeVar("T")
+
+ABSENT_PATHS = 100_000
+"""Remembered absences, of about 200 bytes each."""
+
+WORKERS = min(8, (os.cpu_count() or 1) + 1)
+"""Threads that write and verify; they release the interpreter for nearly all of their work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A narinfo as it goes to a client, and where it came from."""
+
+    body: bytes
+    result: Result
+    upstream: str
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A file that is here, on its way, or (``file`` is None) only announced by an upstream.
+
+    A context manager: what is open is closed at its end.
+    """
+
+    file: OpenFile | Reader | None
+    announced: int | None
+    etag: str | None
+    result: Result
+    upstream: str
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the whole file; None while nobody knows."""
+        return self.announced if self.file is None else self.file.size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class Cache:
+    """The pull-through cache. Made inside of a running event loop; closed with `close`.
+
+    Args:
+        store: What is here.
+        failover: What is elsewhere.
+        negative_ttl: Seconds that an absence is remembered.
+        observer: Told of what happens.
+        clock: Seconds on a monotonic clock.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        failover: Failover,
+        *,
+        negative_ttl: float,
+        observer: Observer,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._failover = failover
+        self._negative_ttl = negative_ttl
+        self._observer = observer
+        self._clock = clock
+        self._known = KnownPaths(store, failover, observer)
+        self._supplier = Supplier(store, failover, self._known, observer)
+        self._absent: Recent[str, float] = Recent(ABSENT_PATHS)
+        self._fetches: dict[str, Fetch] = {}
+        self._asked: dict[str, asyncio.Task[Any]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="verify")
+
+    @property
+    def fetches_in_flight(self) -> int:
+        """Downloads that have not ended, or whose file is not in the store yet."""
+        return len(self._fetches)
+
+    @property
+    def tasks(self) -> set[asyncio.Task[Any]]:
+        """Everything that is under way."""
+        return set(self._tasks)
+
+    def use(self, failover: Failover, *, negative_ttl: float) -> None:
+        """Ask other upstreams from now on, and forget what was concluded from the old ones.
+
+        What is under way goes on with the old ones.
+        """
+        self._failover = failover
+        self._negative_ttl = negative_ttl
+        self._known.use(failover)
+        self._supplier.use(failover)
+        self._absent.clear()
+
+    async def close(self) -> None:
+        """End everything that is under way; what is verified is still published by the store."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._workers.shutdown)
+
+    async def narinfo(self, hash_part: HashPart) -> Text:
+        """Return a path's narinfo, with the URL by which `nar` knows its NAR.
+
+        Raises:
+            NotFoundError: No upstream has the path.
+            UpstreamError: Nobody has it, as far as could be found out.
+        """
+        known = self._known.get(hash_part)
+        if known is not None:
+            return Text(known.body, HIT, known.origin)
+        key = f"{hash_part}.narinfo"
+        joined = key in self._asked
+        with self._absence(key):
+            learnt = await self._once(key, lambda: self._supplier.look_up(hash_part))
+        self._absent.drop(str(learnt.info.nar_name))
+        return Text(learnt.body, COALESCED if joined else MISS, learnt.origin)
+
+    async def nar(self, name: NarName) -> Content:
+        """Return a NAR: from the store, or as it arrives.
+
+        Raises:
+            NotFoundError: No upstream has this path with these contents.
+            UpstreamError: Nobody has it, as far as could be found out.
+            TrustError: What was fetched is not what was signed, and nothing of it was released.
+            StoreError: The disk failed.
+        """
+        key = str(name)
+        file = self._store.open_nar(name)
+        if file is not None:
+            return Content(file, None, self._known.etag(name), HIT, self._published_by(name))
+        reader, result = await self._joined(key, lambda: self._supplier.nar(name))
+        return Content(reader, None, self._known.etag(name), result, reader.fetch.upstream)
+
+    async def nar_head(self, name: NarName) -> Content:
+        """Return what `nar` would, without fetching what is neither here nor on its way.
+
+        Raises:
+            NotFoundError: No upstream has this path with these contents.
+            UpstreamError: Nobody has it, as far as could be found out.
+        """
+        if str(name) in self._fetches or self._store.has_nar(name):
+            return await self.nar(name)
+        with self._absence(str(name)):
+            known, size = await self._supplier.announced_size(name)
+        return Content(None, size, self._known.etag(name), MISS, known.origin)
+
+    async def foreign_nar(self, reference: str) -> Content:
+        """Pass on a NAR by a URL that is not ours: somebody remembers it from another proxy.
+
+        There is no narinfo to judge it by, so it is not kept; Nix judges it.
+
+        Raises:
+            NotFoundError: No upstream has it.
+            UpstreamError: Nobody has it, as far as could be found out.
+        """
+        reader, result = await self._joined(
+            reference, lambda: self._supplier.foreign_nar(reference)
+        )
+        return Content(reader, None, None, result, reader.fetch.upstream)
+
+    async def foreign_nar_head(self, reference: str) -> Content:
+        """Return what `foreign_nar` would, without fetching it.
+
+        Raises:
+            NotFoundError: No upstream has it.
+            UpstreamError: Nobody has it, as far as could be found out.
+        """
+        with self._absence(reference):
+            offer = await self._failover.first(
+                lambda source: source.upstream.nar_size(reference), "nar", reference
+            )
+        return Content(None, offer.value, None, MISS, offer.upstream.name)
+
+    async def file(self, path: str) -> Content:
+        """Return a listing, log, realisation or debug info, kept as the upstream keeps it.
+
+        Raises:
+            NotFoundError: No upstream has it.
+            UpstreamError: Nobody has it, as far as could be found out.
+            StoreError: The disk failed.
+        """
+        result: Result = HIT
+        file = self._store.open_file(path)
+        if file is None:
+            result = COALESCED if path in self._asked else MISS
+            with self._absence(path):
+                await self._once(path, lambda: self._keep_file(path))
+            file = self._store.open_file(path)
+        if file is None:
+            raise NotFoundError(f"{path} is gone again")
+        return Content(file, None, None, result, "")
+
+    def _published_by(self, name: NarName) -> str:
+        """Return the upstream of a NAR in the store, and make good a narinfo that a crash withheld."""
+        known = self._known.get(name.hash_part)
+        if known is None:
+            return ""
+        withheld = known.upstream is not None and not self._store.has_narinfo(name.hash_part)
+        if withheld and known.info.nar_name == name:
+            key = f"publish {name}"
+            if key not in self._asked:
+                _ = self._ask(key, self._supplier.publish_narinfo(name, known))
+        return known.origin
+
+    @contextlib.contextmanager
+    def _absence(self, key: str) -> Iterator[None]:
+        """Do not ask for what is known to be absent, and remember when it turns out to be."""
+        self._refuse_if_absent(key)
+        try:
+            yield
+        except NotFoundError:
+            self._remember_absence(key)
+            raise
+
+    def _remember_absence(self, key: str) -> None:
+        self._absent.put(key, self._clock() + self._negative_ttl)
+
+    def _refuse_if_absent(self, key: str) -> None:
+        expires = self._absent.get(key)
+        if expires is not None and self._clock() < expires:
+            raise NotFoundError(f"no upstream has {key}")
+
+    async def _once(self, key: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do something once for all who ask for it."""
+        return await asyncio.shield(self._asked.get(key) or self._ask(key, make()))
+
+    def _ask(self, key: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = self._spawn(work)
+        self._asked[key] = task
+        task.add_done_callback(lambda _task: self._asked.pop(key))
+        return task
+
+    async def _joined(
+        self, key: str, open_supply: Callable[[], AbstractAsyncContextManager[Supply]]
+    ) -> tuple[Reader, Result]:
+        """Join the fetch that is under way, or start it; and wait until there is something to read."""
+        fetch, result = self._fetches.get(key), COALESCED
+        if fetch is None:
+            self._refuse_if_absent(key)
+            fetch, result = self._start(key, open_supply), MISS
+        reader = fetch.attach()  # before anything is waited for: later it may be over
+        try:
+            await reader.wait_beyond(0)
+        except BaseException:
+            reader.close()
+            raise
+        return reader, result
+
+    def _start(
+        self, key: str, open_supply: Callable[[], AbstractAsyncContextManager[Supply]]
+    ) -> Fetch:
+        """Run a fetch as a task of the daemon; it can be joined until its file is in the store."""
+        fetch = Fetch(
+            key,
+            open_supply=open_supply,
+            partial=self._store.partial(),
+            executor=self._workers,
+            observer=self._observer,
+        )
+
+        async def run() -> None:
+            try:
+                await fetch.run()
+            finally:
+                del self._fetches[key]
+                fetch.close()
+            if isinstance(fetch.error, NotFoundError):
+                self._remember_absence(key)
+
+        self._fetches[key] = fetch
+        _ = self._spawn(run())
+        return fetch
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # everybody who asked may have left
+
+    async def _keep_file(self, path: str) -> None:
+        """Download a file that is neither narinfo nor NAR, and publish it."""
+        offer = await self._failover.first(
+            lambda source: opened(source.upstream.file(path)), "file", path, discard=closed
+        )
+        stack, body = offer.value
+        partial = self._store.partial()
+        try:
+            async with stack:
+                await body.copy_decoded(partial.append)
+        except BaseException:
+            partial.discard()
+            raise
+        await self._store.publish_file(path, partial, origin=offer.upstream.name)

@@ -1,0 +1,197 @@
+"""The daemon: the parts put together, and what signals do to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import signal
+import traceback
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from proxy import __version__
+from proxy.cache import Cache
+from proxy.cli import assembly, systemd
+from proxy.cli.logs import EventLog, log
+from proxy.config import Config, UnixListen
+from proxy.errors import ConfigError, ListenError
+from proxy.events import ConfigReloaded, Event, Fault
+from proxy.failover import Failover
+from proxy.metrics import Metrics
+from proxy.server.app import Server
+from proxy.server.listening import Address, listening
+from proxy.server.page import Facts
+from proxy.store.eviction import Limits
+from proxy.store.folder import Store
+
+
+class Daemon:
+    """One running proxy.
+
+    Args:
+        config: What to start with.
+        read_config: Reads the configuration again, for SIGHUP; raises `ConfigError`.
+    """
+
+    def __init__(self, config: Config, read_config: Callable[[], Config]) -> None:
+        self._config = config
+        self._read_config = read_config
+        self._metrics = Metrics([upstream.name for upstream in config.upstreams])
+        self._log = EventLog()
+        self._stop = asyncio.Event()
+        self._hang_up = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until a signal says stop.
+
+        Raises:
+            ConfigError: The configuration cannot be used after all.
+            StoreError: The store folder cannot be used, or another daemon has it.
+            ListenError: An address cannot be listened on.
+        """
+        asyncio.get_running_loop().set_exception_handler(self._on_fault)
+        self._obey_signals()
+        _raise_file_limit()
+        for key in self._config.not_in_force:
+            log.warning("the configuration has a key on which nothing acts yet", key=key)
+        async with self._store() as store, self._cache(store) as cache:
+            server = self._server(store, cache)
+            timeout = self._config.server.shutdown_timeout
+            async with listening(server, self._addresses(), shutdown_timeout=timeout) as addresses:
+                log.info(
+                    "ready", version=__version__, listen=addresses, store=str(store.layout.root)
+                )
+                systemd.notify("READY=1")
+                await self._obey(server, cache)
+
+    def _observe(self, event: Event) -> None:
+        self._metrics(event)
+        self._log(event)
+
+    def _on_fault(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What the event loop has to say of tasks and callbacks whose errors nobody took."""
+        error = context.get("exception")
+        trace = "".join(traceback.format_exception(error)) if error else ""
+        self._observe(Fault(str(context["message"]), trace))
+
+    def _obey_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up.set)
+
+    @contextlib.asynccontextmanager
+    async def _store(self) -> AsyncIterator[Store]:
+        cache_info = assembly.cache_info(self._config)
+        limits = Limits(self._config.store.max_size, self._config.store.min_free)
+        store = Store(self._config.store.path, cache_info, self._observe, limits)
+        self._metrics.gauge(
+            "store_bytes", "Bytes on disk, as du counts them.", lambda: store.totals.bytes
+        )
+        self._metrics.gauge("store_paths", "Store paths kept.", lambda: store.totals.paths)
+        try:
+            yield store
+        finally:
+            await store.close()
+
+    @contextlib.asynccontextmanager
+    async def _cache(self, store: Store) -> AsyncIterator[Cache]:
+        self._failover = await assembly.failover(self._config, self._observe)
+        cache = Cache(
+            store,
+            self._failover,
+            negative_ttl=self._config.policy.negative_ttl,
+            observer=self._observe,
+        )
+        self._metrics.gauge(
+            "fetches_in_flight", "Downloads under way.", lambda: cache.fetches_in_flight
+        )
+        try:
+            yield cache
+        finally:
+            await cache.close()
+            await _close(self._failover)
+
+    def _server(self, store: Store, cache: Cache) -> Server:
+        server = Server(
+            cache,
+            cache_info=assembly.cache_info(self._config),
+            observer=self._observe,
+            facts=lambda: self._facts(store),
+            metrics=self._metrics.render,
+            check_ready=store.check_writable,
+        )
+        server.strict = self._config.policy.upstream_down == "error"
+        return server
+
+    def _facts(self, store: Store) -> Facts:
+        return Facts(
+            upstreams=[upstream.url for upstream in self._config.upstreams],
+            keys=assembly.public_keys(self._config),
+            paths=store.totals.paths,
+            size=store.totals.bytes,
+            version=__version__,
+        )
+
+    def _addresses(self) -> Sequence[Address]:
+        """Where to listen: on what systemd opened for us, or else where the configuration says."""
+        addresses: list[Address] = [*systemd.inherited_sockets()] or [
+            listen.path if isinstance(listen, UnixListen) else (listen.host, listen.port)
+            for listen in self._config.server.listen
+        ]
+        if not addresses:
+            raise ListenError("server.listen is empty, and systemd passed no socket")
+        return addresses
+
+    async def _obey(self, server: Server, cache: Cache) -> None:
+        """Reload on SIGHUP, until it is time to stop."""
+        stop = asyncio.create_task(self._stop.wait())
+        while not stop.done():
+            hang_up = asyncio.create_task(self._hang_up.wait())
+            await asyncio.wait((stop, hang_up), return_when=asyncio.FIRST_COMPLETED)
+            hang_up.cancel()
+            if self._hang_up.is_set():
+                self._hang_up.clear()
+                systemd.notify_reloading()
+                await self._reload(server, cache)
+                systemd.notify("READY=1")
+        log.info("stopping")
+        systemd.notify("STOPPING=1")
+
+    async def _reload(self, server: Server, cache: Cache) -> None:
+        """Take a new configuration whole, or not at all."""
+        try:
+            config = self._read_config()
+            failover = await assembly.failover(config, self._observe)
+        except ConfigError as error:
+            self._observe(ConfigReloaded(str(error)))
+            return
+        for name in ("server", "store", "log"):
+            if getattr(config, name) != getattr(self._config, name):
+                log.warning("a change to this table takes a restart", table=name)
+        retired, self._failover, self._config = self._failover, failover, config
+        server.strict = config.policy.upstream_down == "error"
+        cache.use(failover, negative_ttl=config.policy.negative_ttl)
+        self._retiring = asyncio.create_task(_retire(retired, cache))
+        self._observe(ConfigReloaded(None))
+
+
+async def _retire(failover: Failover, cache: Cache) -> None:
+    """Close upstreams once nobody uses them: neither who asked them, nor what came of that."""
+    for _ in range(2):
+        if tasks := cache.tasks:
+            await asyncio.wait(tasks)
+    await _close(failover)
+
+
+async def _close(failover: Failover) -> None:
+    for source in failover.sources:
+        await source.upstream.close()
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as we may: every client and every file on its way takes one or two."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,141 @@
+"""Logs: an observer that says in words what happened, and how loudly.
+
+What an operator has to know is a warning; what explains one is info; every request and every answer of
+an upstream is debug, because there are thousands of them a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import asdict
+
+import structlog
+
+from proxy.config import LogConfig
+from proxy.errors import UpstreamError, UpstreamLiedError
+from proxy.events import (
+    ConfigReloaded,
+    Event,
+    Evicted,
+    Fault,
+    FetchEnded,
+    FetchStarted,
+    NotDecoded,
+    Published,
+    Rejected,
+    RequestServed,
+    StoreFailed,
+    UpstreamAnswered,
+)
+
+_FAILURES = frozenset(failure.outcome for failure in UpstreamError.__subclasses__()) - {
+    UpstreamLiedError.outcome  # every single lie is logged by itself
+}
+
+
+def set_up_logs(config: LogConfig) -> None:
+    """Write logs to stderr: for people on a terminal, else one JSON object a line, unless configured."""
+    level = logging.getLevelNamesMapping()[config.level.upper()]
+    for_people = config.format == "console" or (config.format == "auto" and sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            *(
+                (_printable, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+                if for_people
+                else (structlog.processors.JSONRenderer(),)
+            ),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    # aiohttp reports what clients drop or garble with a traceback each; events tell it all.
+    logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
+
+
+def _printable(
+    _logger: object, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Write what upstreams and clients made up so that no terminal obeys it; JSON does so by itself."""
+    return {
+        name: _escaped(value) if isinstance(value, str) else value for name, value in event.items()
+    }
+
+
+def _escaped(text: str) -> str:
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+_NAMES = {
+    FetchStarted: "fetching",
+    Published: "stored",
+    Evicted: "evicted",
+    RequestServed: "request",
+}
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+
+class EventLog:
+    """Logs events. An instance is an `proxy.events.Observer`."""
+
+    def __init__(self) -> None:
+        self._failing: set[str] = set()
+
+    def __call__(self, event: Event) -> None:
+        """Log an event."""
+        match event:
+            case UpstreamAnswered():
+                self._upstream_answered(event)
+            case Rejected(upstream, what, kind, reason):
+                log.warning("refused", upstream=upstream, what=what, kind=kind, reason=reason)
+            case StoreFailed(what, reason):
+                log.error("the store failed", what=what, reason=reason)
+            case NotDecoded(what, compression):
+                log.warning("verified by FileHash alone", what=what, compression=compression)
+            case Fault(where, trace):
+                log.error("a fault of the proxy itself; please report it", where=where, trace=trace)
+            case FetchEnded():
+                _log_fetch(event)
+            case ConfigReloaded():
+                _log_reload(event)
+            case FetchStarted() | Published() | Evicted() | RequestServed():
+                log.debug(_NAMES[type(event)], **asdict(event))
+
+    def _upstream_answered(self, event: UpstreamAnswered) -> None:
+        """Say once that an upstream has begun to fail, and once that it has recovered."""
+        name, failed = event.upstream, event.outcome in _FAILURES
+        tell = log.debug
+        if failed and name not in self._failing:
+            self._failing.add(name)
+            tell = log.warning
+        elif event.outcome in ("hit", "absent") and name in self._failing:
+            self._failing.discard(name)
+            tell = log.info
+        tell(
+            "upstream fails" if failed else "upstream answers",
+            upstream=name,
+            what=event.what,
+            outcome=event.outcome,
+            reason=event.reason,
+        )
+
+
+def _log_fetch(event: FetchEnded) -> None:
+    about = {"what": event.what, "upstream": event.upstream, "size": event.size}
+    if event.error is None:
+        log.info("fetched", **about, seconds=round(event.seconds, 3))
+    else:
+        log.warning("fetch failed", **about, reason=event.error)
+
+
+def _log_reload(event: ConfigReloaded) -> None:
+    if event.error is None:
+        log.info("the configuration was read again and is in force")
+    else:
+        log.error(
+            "the new configuration was not taken; the old one is in force", reason=event.error
+        )

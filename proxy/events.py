@@ -1,0 +1,149 @@
+"""What happened, as frozen values, for whoever wants to know.
+
+The core calls an `Observer` with one of these and goes on; metrics and logs are observers, and the core
+imports neither. Observers are called on the event loop and must neither block nor raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Asked = Literal["narinfo", "nar", "file"]
+"""What was asked of an upstream; ``file`` is everything that is neither narinfo nor NAR."""
+
+Result = Literal["HIT", "MISS", "COALESCED"]
+"""Where an answer came from, as ``X-Cache`` says it."""
+
+HIT: Final[Result] = "HIT"
+MISS: Final[Result] = "MISS"
+COALESCED: Final[Result] = "COALESCED"
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamAnswered:
+    """An upstream was asked something, and this came of it.
+
+    ``outcome`` is ``hit``, ``absent``, ``cancelled`` (another one was taken, or time ran out) or an
+    `UpstreamError.outcome`; ``reason`` says more of the latter.
+    """
+
+    upstream: str
+    asked: Asked
+    what: str
+    outcome: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Something was refused because it is not what a trusted key signed.
+
+    ``kind`` is a `TrustError.kind`; ``what`` the narinfo, NAR or file in question.
+    """
+
+    upstream: str
+    what: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotDecoded:
+    """A NAR was checked by its FileHash alone, because nothing here reads its compression."""
+
+    what: str
+    compression: str
+
+
+@dataclass(frozen=True, slots=True)
+class FetchStarted:
+    """A download from an upstream began."""
+
+    what: str
+    upstream: str
+
+
+@dataclass(frozen=True, slots=True)
+class FetchEnded:
+    """A download ended: whole and verified, or with ``error``."""
+
+    what: str
+    upstream: str
+    size: int
+    seconds: float
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFailed:
+    """The local disk refused; clients were served all the same where possible."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A verified NAR and its narinfo, or another file, are in the store for good."""
+
+    what: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """A file, and the narinfo of a NAR, were removed to make room. ``size`` is bytes on disk."""
+
+    what: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestServed:
+    """A client was answered. ``result`` is empty where caching plays no part."""
+
+    route: str
+    method: str
+    code: int
+    result: Result | Literal[""]
+    body_bytes: int
+    complete: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigReloaded:
+    """SIGHUP came: the new configuration is in force, or ``error`` says why the old one stays."""
+
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A fault of our own: something was raised that nobody expected. ``trace`` is for its finder."""
+
+    where: str
+    trace: str
+
+
+Event = (
+    UpstreamAnswered
+    | Rejected
+    | NotDecoded
+    | FetchStarted
+    | FetchEnded
+    | StoreFailed
+    | Published
+    | Evicted
+    | RequestServed
+    | ConfigReloaded
+    | Fault
+)
+
+Observer = Callable[[Event], None]
+
+
+def ignore(_event: Event) -> None:
+    """An observer that does nothing."""

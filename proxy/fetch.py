@@ -1,0 +1,298 @@
+"""One download in flight: one writer, many readers.
+
+A fetch is a task of the daemon, not of any request: no client can cancel it, slow it down or corrupt it.
+The writer appends to a partial file and says how far it is; each reader reads the file at a position of
+its own, so that readers cost no memory and do not notice each other.
+
+What was written may be read at once, except for the last `HELD_BACK` bytes: those are released when the
+whole file has been verified, so a reader of a bad file never gets it complete. A file smaller than that
+is released whole or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Executor
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from proxy.errors import ProxyError, SizeMismatchError, TrustError, UpstreamUnavailableError
+from proxy.events import FetchEnded, FetchStarted, Observer, Rejected
+from proxy.store.files import Partial
+
+HELD_BACK = 16 * 2**10
+"""Bytes at the end that wait for the verdict: enough that what came before is useless to a program that
+ignores the cut connection, few enough that nobody waits for them."""
+
+
+class Body(Protocol):
+    """What arrives from an upstream: `proxy.upstream.remote.Body`."""
+
+    size: int | None
+
+    async def read(self) -> bytes:
+        """Return the next bytes, or ``b""`` at the end of a complete body."""
+
+
+class Verifier(Protocol):
+    """What judges the bytes: `proxy.nix.nar.NarVerifier`."""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes; raise `TrustError` as soon as they cannot be right."""
+
+    def finish(self) -> None:
+        """Judge the whole; raise `TrustError`."""
+
+
+class Unverified:
+    """Judges nothing: for bytes that are passed on and not kept."""
+
+    def feed(self, data: bytes) -> None:
+        """Take any bytes."""
+
+    def finish(self) -> None:
+        """Take any end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """Where the bytes come from, and what is to become of them.
+
+    Attributes:
+        upstream: The upstream's name.
+        body: What arrives.
+        verifier: Judges it, on a worker thread.
+        expected_size: Bytes it must have, when that is known beforehand.
+        publish: Takes over the verified partial file; None for a file that nobody keeps.
+    """
+
+    upstream: str
+    body: Body
+    verifier: Verifier
+    expected_size: int | None
+    publish: Callable[[Partial], Awaitable[None]] | None
+
+
+class Fetch:
+    """A file on its way from an upstream to its readers and to the store.
+
+    Readers attach from the moment it is made, before anybody knows whether there is such a file.
+
+    Args:
+        what: The file's name, for events.
+        open_supply: Finds out where the file is, and connects. What goes wrong with the file later is
+            raised inside of it.
+        partial: Where it is written to.
+        executor: Worker threads for writing and verifying.
+        observer: Told of start and end.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        open_supply: Callable[[], AbstractAsyncContextManager[Supply]],
+        partial: Partial,
+        executor: Executor,
+        observer: Observer,
+    ) -> None:
+        self.what = what
+        self.upstream = ""
+        """Where it comes from; empty until that is known."""
+        self.size: int | None = None
+        """Bytes of the whole file; None until somebody says."""
+        self.error: ProxyError | None = None
+        """Why the fetch failed."""
+        self._open_supply = open_supply
+        self._partial = partial
+        self._executor = executor
+        self._observer = observer
+        self._verified = False
+        self._published = False
+        self._changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def __repr__(self) -> str:
+        return f"<Fetch {self.what} {self._partial.size}/{self.size} from {self.upstream!r}>"
+
+    @property
+    def released(self) -> int:
+        """Bytes that may be read."""
+        if self._verified:
+            return self._partial.size
+        end = self._partial.size if self.size is None else self.size
+        return max(0, min(self._partial.size, end - HELD_BACK))
+
+    def attach(self) -> Reader:
+        """Make a reader, which whoever asked for it closes; possible until the fetch is closed.
+
+        Raises:
+            StoreError: There are no descriptors left.
+        """
+        return Reader(self, self._partial.reader())
+
+    async def wait_beyond(self, position: int) -> int:
+        """Wait until bytes behind ``position`` may be read.
+
+        Returns:
+            How far the file may be read; ``position`` or less at its end.
+
+        Raises:
+            ProxyError: The fetch failed.
+        """
+        while self.released <= position and not self._verified:
+            await self._change()
+        return self.released
+
+    async def size_known(self) -> int:
+        """Wait until the size is known: until the end, where neither narinfo nor upstream says it.
+
+        Raises:
+            ProxyError: The fetch failed before that.
+        """
+        while self.size is None:
+            await self._change()
+        return self.size
+
+    async def run(self) -> None:
+        """Find, download, verify, publish. What fails is told to the readers and in `error`."""
+        try:
+            async with self._open_supply() as supply:
+                await self._take(supply)
+        except ProxyError as error:
+            self._fail(error)
+        except BaseException:
+            # Cancelled, or a fault of our own; nobody shall wait for what will never come.
+            self._fail(UpstreamUnavailableError(self.upstream, "the fetch was given up"))
+            raise
+        else:
+            if supply.publish is not None:
+                self._published = True
+                await supply.publish(self._partial)
+
+    def close(self) -> None:
+        """Let go of the partial file; readers have descriptors of their own."""
+        if self._published:
+            self._partial.close()
+        else:
+            self._partial.discard()
+
+    async def _take(self, supply: Supply) -> None:
+        """Download and verify."""
+        began = time.monotonic()
+        self.upstream = supply.upstream
+        self._observer(FetchStarted(self.what, self.upstream))
+        reason: str | None = "given up"
+        try:
+            await self._download(supply)
+            reason = None
+        except ProxyError as error:
+            reason = str(error)
+            raise
+        finally:
+            seconds = time.monotonic() - began
+            self._observer(
+                FetchEnded(self.what, self.upstream, self._partial.size, seconds, reason)
+            )
+
+    async def _download(self, supply: Supply) -> None:
+        self.size = _agreed_size(supply.expected_size, supply.body.size)
+        async with contextlib.aclosing(_ahead(supply.body)) as pieces:
+            async for data in pieces:
+                await self._work(self._absorb, supply.verifier, data)
+        if self.size is not None and self._partial.size != self.size:
+            raise SizeMismatchError(f"{self._partial.size} bytes arrived instead of {self.size}")
+        await self._work(supply.verifier.finish)
+        self.size = self._partial.size
+        self._verified = True
+        self._wake()
+
+    def _absorb(self, verifier: Verifier, data: bytes) -> None:
+        """Write, let the readers have it, and only then spend time on verifying. On a worker thread."""
+        self._partial.append(data)
+        self._loop.call_soon_threadsafe(self._wake)
+        verifier.feed(data)
+
+    async def _work(self, step: Callable[..., None], *args: object) -> None:
+        """Do a step on a worker thread; nothing is closed under its hands, even on cancellation."""
+        job = self._loop.run_in_executor(self._executor, step, *args)
+        try:
+            await asyncio.shield(job)
+        except asyncio.CancelledError:
+            await asyncio.gather(job, return_exceptions=True)
+            raise
+
+    def _fail(self, error: ProxyError) -> None:
+        self.error = error
+        if isinstance(error, TrustError):
+            self._observer(Rejected(self.upstream, self.what, error.kind, str(error)))
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self) -> None:
+        if self.error is not None:
+            raise self.error
+        await self._changed.wait()
+
+
+class Reader:
+    """One reader of a file that arrives: a descriptor of its own, for positional reads.
+
+    Whoever has it closes it.
+
+    Attributes:
+        fetch: What it reads.
+        fd: The descriptor of the growing file.
+    """
+
+    __slots__ = ("fd", "fetch")
+
+    def __init__(self, fetch: Fetch, fd: int) -> None:
+        self.fetch = fetch
+        self.fd = fd
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the whole file; None until somebody says."""
+        return self.fetch.size
+
+    async def wait_beyond(self, position: int) -> int:
+        """Wait until bytes behind ``position`` may be read: `Fetch.wait_beyond`.
+
+        Raises:
+            ProxyError: The fetch failed.
+        """
+        return await self.fetch.wait_beyond(position)
+
+    def close(self) -> None:
+        """Close the descriptor; safe to repeat."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _agreed_size(expected: int | None, announced: int | None) -> int | None:
+    """Take the upstream's word for the size, unless the narinfo's word is another."""
+    if expected is None or announced in (None, expected):
+        return announced if expected is None else expected
+    raise SizeMismatchError(f"the upstream announces {announced} bytes, the narinfo {expected}")
+
+
+async def _ahead(body: Body) -> AsyncGenerator[bytes, None]:
+    """Iterate over a body, reading the next piece while the last one is being worked on."""
+    following = asyncio.ensure_future(body.read())
+    try:
+        while data := await following:
+            following = asyncio.ensure_future(body.read())
+            yield data
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)

@@ -1,0 +1,162 @@
+"""What is known here of store paths: verified narinfos in memory, in the store, and remembered.
+
+Every narinfo is verified when it comes in, from an upstream or from the disk, because keys are replaced
+and disks lie. One that does not verify any more is reported, and is then as good as absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from proxy.errors import NotFoundError, ParseError, StoreError, TrustError
+from proxy.events import Observer, Rejected, StoreFailed
+from proxy.failover import Failover, Narinfo, Offer, Source
+from proxy.nix import narinfo
+from proxy.nix.nar_name import NarName
+from proxy.nix.narinfo import VerifiedNarInfo
+from proxy.nix.store_path import HashPart
+from proxy.recent import Recent
+from proxy.store.folder import Store
+from proxy.upstream.remote import Upstream
+
+HOT_NARINFOS = 8_000
+"""Verified narinfos in memory, parsed and rendered, of about 5 kB each."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPath:
+    """A verified narinfo, and the text that clients get of it.
+
+    ``upstream`` is None, and the narinfo's URL our own, when its NAR is in the store.
+    """
+
+    info: VerifiedNarInfo
+    body: bytes
+    upstream: Upstream | None
+
+    @property
+    def origin(self) -> str:
+        """The upstream's name, or an empty text."""
+        return "" if self.upstream is None else self.upstream.name
+
+    @property
+    def source(self) -> Upstream:
+        """The upstream, of which the narinfo's URL is.
+
+        Raises:
+            NotFoundError: Nobody remembers it.
+        """
+        if self.upstream is None:
+            raise NotFoundError(f"nobody remembers where {self.info.store_path} came from")
+        return self.upstream
+
+
+class KnownPaths:
+    """What is known of store paths.
+
+    Args:
+        store: What is on the disk.
+        failover: The upstreams, whose keys decide what counts.
+        observer: Told of what does not verify.
+    """
+
+    def __init__(self, store: Store, failover: Failover, observer: Observer) -> None:
+        self._store = store
+        self._failover = failover
+        self._observer = observer
+        self._hot: Recent[HashPart, KnownPath] = Recent(HOT_NARINFOS)
+
+    def use(self, failover: Failover) -> None:
+        """Trust the keys of other upstreams from now on."""
+        self._failover = failover
+        self._hot.clear()
+
+    def get(self, hash_part: HashPart) -> KnownPath | None:
+        """Return what is known of a path, wherever it is known from."""
+        known = self._hot.get(hash_part) or self._stored(hash_part) or self._remembered(hash_part)
+        if known is not None:
+            self._hot.put(hash_part, known)
+        return known
+
+    def elsewhere(self, name: NarName) -> KnownPath | None:
+        """Return what leads to this NAR at an upstream."""
+        for known in (self._hot.get(name.hash_part), self._remembered(name.hash_part)):
+            if known and known.upstream and known.info.nar_name == name:
+                return known
+        return None
+
+    def etag(self, name: NarName) -> str:
+        """Make an ETag from the content: the same while a NAR arrives, when it is here, for ever."""
+        known = self.get(name.hash_part)
+        if known is not None and known.info.nar_name == name and known.info.file_hash is not None:
+            return f'"{known.info.file_hash.nix32}"'
+        return f'"{name}"'
+
+    def learn(self, offer: Offer[Narinfo]) -> KnownPath:
+        """Take in, and remember, what an upstream said."""
+        known = _from_upstream(offer.value.info, offer.upstream)
+        hash_part = known.info.store_path.hash_part
+        self._store.remember_narinfo(offer.upstream.name, hash_part, offer.value.text)
+        if any(source.upstream is offer.upstream for source in self._failover.sources):
+            self._hot.put(hash_part, known)  # else the configuration has changed meanwhile
+        return known
+
+    def forget(self, known: KnownPath) -> None:
+        """An upstream's narinfo led nowhere, or to something else: know it no longer."""
+        hash_part = known.info.store_path.hash_part
+        self._hot.drop(hash_part)
+        self._store.forget_narinfo(known.origin, hash_part)
+
+    def _stored(self, hash_part: HashPart) -> KnownPath | None:
+        def recall() -> KnownPath | None:
+            text = self._store.narinfo(hash_part)
+            if text is None:
+                return None
+            info = self._failover.verify(narinfo.parse(text), hash_part)
+            return KnownPath(info, narinfo.format(info, _url(info)), None)
+
+        return self._if_sound(recall, "", hash_part)
+
+    def _remembered(self, hash_part: HashPart) -> KnownPath | None:
+        for source in self._failover.sources:
+            known = self._remembered_of(source, hash_part)
+            if known is not None:
+                return known
+        return None
+
+    def _remembered_of(self, source: Source, hash_part: HashPart) -> KnownPath | None:
+        upstream = source.upstream
+
+        def recall() -> KnownPath | None:
+            text = self._store.remembered_narinfo(upstream.name, hash_part)
+            if text is None:
+                return None
+            info = narinfo.parse(text)
+            verified = narinfo.verify(info, hash_part=hash_part, keyring=source.keyring)
+            return _from_upstream(verified, upstream)
+
+        return self._if_sound(recall, upstream.name, hash_part)
+
+    def _if_sound(
+        self, recall: Callable[[], KnownPath | None], upstream: str, hash_part: HashPart
+    ) -> KnownPath | None:
+        """What the disk holds and is not sound any more is reported, forgotten, and asked for again."""
+        what = f"{hash_part}.narinfo"
+        try:
+            return recall()
+        except TrustError as error:
+            self._observer(Rejected(upstream, what, error.kind, str(error)))
+        except (ParseError, StoreError) as error:
+            self._observer(StoreFailed(what, str(error)))
+        if upstream:
+            self._store.forget_narinfo(upstream, hash_part)
+        return None
+
+
+def _from_upstream(info: VerifiedNarInfo, upstream: Upstream) -> KnownPath:
+    return KnownPath(info, narinfo.format(info, _url(info)), upstream)
+
+
+def _url(info: VerifiedNarInfo) -> str:
+    return f"nar/{info.nar_name}"

@@ -1,0 +1,148 @@
+"""Prometheus: an observer of events, and gauges that are read when somebody looks.
+
+Labels are bounded: routes, methods, statuses, results, kinds and configured names. Nothing that a client
+or an upstream makes up becomes a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from proxy import __version__
+from proxy.errors import TrustError
+from proxy.events import (
+    ConfigReloaded,
+    Event,
+    Evicted,
+    Fault,
+    FetchEnded,
+    Rejected,
+    RequestServed,
+    Result,
+    StoreFailed,
+    UpstreamAnswered,
+)
+
+PREFIX = "nix_cache_proxy"
+
+METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS"})
+"""Methods that are a label of their own; a client can make up any other."""
+
+
+class Metrics:
+    """What is counted. An instance is an `proxy.events.Observer`.
+
+    Args:
+        upstreams: Configured names, so that their series exist before anything happens.
+    """
+
+    def __init__(self, upstreams: Sequence[str]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series, and nobody asks for them
+        self._registry = CollectorRegistry(auto_describe=True)
+        self._requests = self._counter(
+            "requests", "Requests answered.", ("route", "method", "code", "result")
+        )
+        self._bytes = self._counter(
+            "response_bytes", "Bytes of bodies sent to clients.", ("result",)
+        )
+        self._aborted = self._counter(
+            "responses_cut", "Answers that ended before their end, by either side."
+        )
+        self._upstream_requests = self._counter(
+            "upstream_requests", "Questions to upstreams.", ("upstream", "kind", "outcome")
+        )
+        self._upstream_bytes = self._counter(
+            "upstream_bytes", "Bytes of files fetched from upstreams.", ("upstream",)
+        )
+        self._rejected = self._counter(
+            "verification_failures", "Things that were not what was signed.", ("kind",)
+        )
+        self._store_failures = self._counter("store_failures", "Times that the local disk failed.")
+        self._faults = self._counter("faults", "Faults of the proxy itself.")
+        self._evicted = self._counter("evictions", "Files removed to make room.")
+        self._evicted_bytes = self._counter("evicted_bytes", "Bytes on disk freed by that.")
+        self._reload = Gauge(
+            f"{PREFIX}_config_last_reload_successful",
+            "1 when the configuration on disk is the one in force.",
+            registry=self._registry,
+        )
+        self._reload.set(1)
+        self._reload_time = Gauge(
+            f"{PREFIX}_config_last_reload_success_timestamp_seconds",
+            "When a configuration came into force.",
+            registry=self._registry,
+        )
+        self._reload_time.set_to_current_time()
+        Gauge(f"{PREFIX}_build_info", "The version.", ("version",), registry=self._registry).labels(
+            __version__
+        ).set(1)
+        ProcessCollector(registry=self._registry)
+        for name in upstreams:
+            for kind in ("narinfo", "nar", "file"):
+                for outcome in ("hit", "absent"):
+                    self._upstream_requests.labels(name, kind, outcome)
+            self._upstream_bytes.labels(name)
+        for failure in trust_kinds():
+            self._rejected.labels(failure)
+        for result in get_args(Result):
+            self._bytes.labels(result)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Export a number that is read when somebody scrapes."""
+        Gauge(f"{PREFIX}_{name}", text, registry=self._registry).set_function(read)
+
+    def render(self) -> tuple[bytes, str]:
+        """Write the metrics in Prometheus' text format; with its content type."""
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+    def __call__(self, event: Event) -> None:
+        """Count an event."""
+        match event:
+            case RequestServed():
+                self._count_request(event)
+            case UpstreamAnswered(upstream, asked, _, outcome, _):
+                self._upstream_requests.labels(upstream, asked, outcome).inc()
+            case FetchEnded(_, upstream, size):
+                self._upstream_bytes.labels(upstream).inc(size)
+            case Rejected(_, _, kind, _):
+                self._rejected.labels(kind).inc()
+            case StoreFailed():
+                self._store_failures.inc()
+            case Evicted(_, size):
+                self._evicted.inc()
+                self._evicted_bytes.inc(size)
+            case Fault():
+                self._faults.inc()
+            case ConfigReloaded(error):
+                self._reload.set(error is None)
+                if error is None:
+                    self._reload_time.set_to_current_time()
+            case _:
+                pass
+
+    def _count_request(self, event: RequestServed) -> None:
+        method = event.method if event.method in METHODS else "other"
+        self._requests.labels(event.route, method, event.code, event.result).inc()
+        if event.result:
+            self._bytes.labels(event.result).inc(event.body_bytes)
+        if not event.complete:
+            self._aborted.inc()
+
+    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+        return Counter(f"{PREFIX}_{name}", text, labels, registry=self._registry)
+
+
+def trust_kinds() -> Iterator[str]:
+    """Return every kind of verification failure there is."""
+    return (failure.kind for failure in TrustError.__subclasses__())

@@ -1,0 +1,1 @@
+"""HTTP to clients: requests to resources, answers and errors to statuses, files to sockets."""

@@ -1,0 +1,171 @@
+"""Send files to clients, complete ones and ones that are still arriving.
+
+The bytes go from the page cache to the socket with sendfile(2), past the transport, whose own
+`asyncio.loop.sendfile` neither notices a client that has stopped reading nor says how far it got. That is
+safe as long as the transport has nothing left to write, which is waited for first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import sys
+import termios
+from collections.abc import AsyncIterator, Iterator
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+
+from proxy.errors import StoreError
+from proxy.fetch import Reader
+from proxy.server.ranges import Span
+from proxy.store.files import OpenFile
+
+WINDOW = 2**20
+"""Bytes for one client in one turn of the event loop."""
+
+PIECE = 2**18
+"""Bytes of a piece, where they have to be copied."""
+
+STALL_TIMEOUT = 60.0
+"""Seconds without a byte after which a client that reads nothing is cut off (nginx: send_timeout)."""
+
+
+class ClientGoneError(Exception):
+    """The client has left, or does not read; there is nobody to tell."""
+
+
+class Delivery:
+    """The sending of one file to one client.
+
+    Args:
+        request: What is answered.
+        response: Status and headers; its Content-Length is that of what will be sent.
+        file: A complete file, or one that still arrives.
+    """
+
+    def __init__(
+        self, request: web.BaseRequest, response: web.StreamResponse, file: OpenFile | Reader
+    ) -> None:
+        self._request = request
+        self._response = response
+        self._file = file
+        self.sent = 0
+        """Bytes of the body that went out."""
+
+    async def run(self, span: Span | None) -> None:
+        """Send the headers and then ``span``, or the whole of a file whose size nobody knows yet.
+
+        Raises:
+            ClientGoneError: The client has left or does not read.
+            ProxyError: The fetch or the disk failed; part of the answer has been sent.
+        """
+        fd = self._file.fd
+        try:
+            async with _gone_if_stalled():
+                writer = await self._response.prepare(self._request)
+            if writer is None or self._request.transport is None:
+                raise ClientGoneError
+            if span is None:
+                await self._copy_all(fd)
+            else:
+                await self._sendfile(fd, span, self._request.transport, writer)
+            async with _gone_if_stalled():
+                await self._response.write_eof()
+        except OSError as error:
+            raise ClientGoneError from error
+
+    def cut(self) -> None:
+        """Close the connection at once, so that nobody takes what was sent for the whole."""
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+    async def _copy_all(self, fd: int) -> None:
+        """Send a file whose size nobody knows, in chunks of HTTP."""
+        while (end := await self._file.wait_beyond(self.sent)) > self.sent:
+            piece = os.pread(fd, min(PIECE, end - self.sent), self.sent)
+            async with _gone_if_stalled():
+                await self._response.write(piece)
+            self.sent += len(piece)
+
+    async def _sendfile(
+        self, fd: int, span: Span, transport: asyncio.Transport, writer: AbstractStreamWriter
+    ) -> None:
+        transport.set_write_buffer_limits(high=0)  # so that a drained transport is an empty one
+        async with _gone_if_stalled():
+            await writer.drain()
+        with _duplicate_of(transport) as socket:
+            position = span.start
+            while position < span.stop:
+                end = min(span.stop, await self._file.wait_beyond(position))
+                while position < end:
+                    count = await _send_some(socket, fd, position, end - position)
+                    position += count
+                    self.sent += count
+
+
+async def _send_some(socket: int, fd: int, position: int, count: int) -> int:
+    """Send at least one byte, and at most a window."""
+    while True:
+        try:
+            sent = os.sendfile(socket, fd, position, min(count, WINDOW))
+        except BlockingIOError:
+            await _writable(socket)
+            continue
+        if sent == 0:
+            raise StoreError(f"a file ends at {position}, where {count} more bytes should be")
+        await asyncio.sleep(0)  # the others' turn
+        return sent
+
+
+async def _writable(socket: int) -> None:
+    """Wait until the socket takes more, as long as the client takes something now and then.
+
+    The kernel calls a socket writable when a good part of its buffer is free, which may take a slow
+    client minutes; so what counts is whether its queue gets shorter.
+    """
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_writer(socket, ready.set)
+    try:
+        queued = _queued(socket)
+        while not await _set_within(ready, STALL_TIMEOUT):
+            before, queued = queued, _queued(socket)
+            if queued >= before:
+                raise ClientGoneError
+    finally:
+        loop.remove_writer(socket)
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
+
+
+def _queued(socket: int) -> int:
+    """Return how many bytes the client has not taken yet: SIOCOUTQ of tcp(7) and unix(7)."""
+    answer = fcntl.ioctl(socket, termios.TIOCOUTQ, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)
+
+
+@contextlib.contextmanager
+def _duplicate_of(transport: asyncio.Transport) -> Iterator[int]:
+    """Duplicate a transport's socket: the event loop does not let anybody wait for its own."""
+    socket = os.dup(transport.get_extra_info("socket").fileno())
+    try:
+        yield socket
+    finally:
+        os.close(socket)
+
+
+@contextlib.asynccontextmanager
+async def _gone_if_stalled() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(STALL_TIMEOUT):
+            yield
+    except TimeoutError as error:
+        raise ClientGoneError from error

@@ -1,0 +1,129 @@
+"""Files as the rest of the proxy holds them: open for reading, or partial and growing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from proxy.errors import StoreError
+
+
+@contextlib.contextmanager
+def disk(what: str) -> Iterator[None]:
+    """Translate what the operating system says of the disk; ``what`` could not be done."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{what}: {error.strerror or error}") from error
+
+
+class OpenFile:
+    """A complete file, open for reading. Whoever has it closes it.
+
+    Args:
+        fd: The descriptor, owned from now on.
+        size: Bytes in the file.
+    """
+
+    __slots__ = ("fd", "size")
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+
+    @classmethod
+    def at(cls, path: Path) -> Self | None:
+        """Open ``path``, or return None when there is no such file.
+
+        Raises:
+            StoreError: Something other than absence.
+        """
+        with disk(f"cannot read {path.name}"):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+            return cls(fd, os.fstat(fd).st_size)
+
+    async def wait_beyond(self, _position: int) -> int:
+        """Return how far the file may be read: a complete one to its end."""
+        return self.size
+
+    def close(self) -> None:
+        """Close the descriptor; safe to repeat."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Partial:
+    """A file that is still being written, under a name that nothing reads.
+
+    One writer appends; readers take descriptors of their own with `reader` and use positional reads, so
+    nobody moves anybody's offset.
+
+    Args:
+        path: A new name inside of the store's partial folder.
+
+    Raises:
+        StoreError: The file cannot be made.
+    """
+
+    __slots__ = ("_fd", "path", "size")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        with disk("cannot start a file"):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def append(self, data: bytes) -> None:
+        """Write all of ``data`` behind what is there.
+
+        Raises:
+            StoreError: The disk refused.
+        """
+        view = memoryview(data)
+        with disk("cannot write"):
+            while view:
+                view = view[os.write(self._fd, view) :]
+        self.size += len(data)
+
+    def flush(self) -> None:
+        """Wait until everything written is on the disk.
+
+        Raises:
+            StoreError: It is not, and the file must be given up.
+        """
+        with disk("cannot flush"):
+            os.fsync(self._fd)
+
+    def reader(self) -> int:
+        """Return a new descriptor of the file, which the caller closes.
+
+        Raises:
+            StoreError: There are no descriptors left.
+        """
+        with disk("cannot read"):
+            return os.dup(self._fd)
+
+    def close(self) -> None:
+        """Close the writer's descriptor; the file stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def discard(self) -> None:
+        """Remove the file, wherever it is in its life before publication."""
+        self.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)

@@ -1,0 +1,49 @@
+"""Where each thing lies in the store folder. No file is touched here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from proxy.nix.nar_name import NarName
+from proxy.nix.store_path import HashPart
+
+SIDE_FOLDERS = ("log", "realisations", "build-trace-v2", "debuginfo")
+"""Folders of files that are neither narinfo nor NAR, named as in the protocol."""
+
+
+class Layout:
+    """The paths below one store folder.
+
+    Args:
+        root: The store folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.cache_info = root / "nix-cache-info"
+        self.nars = root / "nar"
+        self.state = root / ".state"
+        self.partials = self.state / "partial"
+        self.remembered = self.state / "narinfo"
+        self.index = self.state / "index.sqlite"
+        self.lock = self.state / "lock"
+
+    def narinfo(self, hash_part: HashPart) -> Path:
+        """The narinfo of a path whose NAR is here too."""
+        return self.root / f"{hash_part}.narinfo"
+
+    def nar(self, name: NarName) -> Path:
+        """A NAR under its final name."""
+        return self.nars / str(name)
+
+    def remembered_narinfo(self, upstream: str, hash_part: HashPart) -> Path:
+        """An upstream's own narinfo of a path whose NAR is not here (yet)."""
+        return self.remembered / upstream / f"{hash_part}.narinfo"
+
+    def file(self, path: str) -> Path:
+        """Any other file of the cache.
+
+        Args:
+            path: Relative, as parsed by `proxy.nix.resource`: it holds no ``..`` and no empty part.
+        """
+        return self.root / path

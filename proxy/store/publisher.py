@@ -1,0 +1,167 @@
+"""Put verified files under their final names, durably, many at a time.
+
+A file is on the disk before its name is, and a NAR's name before that of its narinfo:
+
+1. write each narinfo to a partial file; flush all the files of the batch to the disk (``fsync``);
+2. rename the NARs and other files; flush their folders;
+3. rename the narinfos; flush the store folder.
+
+A crash between any two steps leaves a valid binary cache. Clients do not wait for any of this: while one
+batch is being flushed the next one gathers, so that thousands of small NARs share a few journal commits
+instead of waiting for one each.
+
+A file whose flush failed is given up, never flushed again: the kernel marks its pages clean after the
+first failure, so that a second ``fsync`` would succeed without the bytes being on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from proxy.errors import StoreError
+
+BATCH = 512
+"""Publications in one batch: bounds how long the first of them waits for the last."""
+
+FLUSHERS = 8
+"""Concurrent ``fsync``: the journal commits them together, while one after the other they would not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """A complete file and the name that it shall have."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What belongs together: a NAR and then its narinfo, or one other file.
+
+    ``superseded`` are derived files that are of no use afterwards; ``origin`` is the upstream's name.
+    """
+
+    renames: tuple[Rename, ...]
+    origin: str
+    superseded: tuple[Path, ...] = ()
+    done: Future[None] = field(default_factory=Future)
+    """Resolves when everything is on the disk; fails with `StoreError`."""
+
+
+class Publisher:
+    """The one thread that gives final names.
+
+    Args:
+        on_published: Called on this thread for each success, before its future resolves.
+    """
+
+    def __init__(self, on_published: Callable[[Publication], None]) -> None:
+        self._on_published = on_published
+        self._queue: queue.SimpleQueue[Publication | None] = queue.SimpleQueue()
+        self._flushers = ThreadPoolExecutor(FLUSHERS, thread_name_prefix="flush")
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+        self._thread.start()
+
+    def submit(self, publication: Publication) -> Future[None]:
+        """Queue a publication and return its future, which nobody can cancel."""
+        publication.done.set_running_or_notify_cancel()
+        self._queue.put(publication)
+        return publication.done
+
+    def close(self) -> None:
+        """Publish what is queued, then stop. Blocks; call it off the event loop."""
+        self._queue.put(None)
+        self._thread.join()
+        self._flushers.shutdown()
+
+    def _run(self) -> None:
+        more = True
+        while more:
+            batch, more = self._gather()
+            self._publish(batch)
+
+    def _gather(self) -> tuple[list[Publication], bool]:
+        """Wait for a publication, and take what else is there; False when it was the last batch."""
+        batch: list[Publication] = []
+        while len(batch) < BATCH:
+            try:
+                item = self._queue.get(block=not batch)
+            except queue.Empty:
+                break
+            if item is None:
+                return batch, False
+            batch.append(item)
+        return batch, True
+
+    def _publish(self, batch: list[Publication]) -> None:
+        batch = self._survivors(batch, self._flushers.map(_flush_sources, batch))
+        for stage in (0, 1):
+            batch = self._survivors(batch, (_rename(item, stage) for item in batch))
+            folders = {folder for item in batch if (folder := _folder(item, stage)) is not None}
+            flushed = {folder: _failure_of(_flush, folder) for folder in folders}
+            batch = self._survivors(
+                batch,
+                (
+                    flushed.get(folder) if (folder := _folder(item, stage)) else None
+                    for item in batch
+                ),
+            )
+        for item in batch:
+            for path in item.superseded:
+                _failure_of(path.unlink)
+            self._on_published(item)
+            item.done.set_result(None)
+
+    def _survivors(
+        self, batch: list[Publication], outcomes: Iterable[OSError | None]
+    ) -> list[Publication]:
+        """Give up the publications whose last step failed; return the others."""
+        survivors = []
+        for item, error in zip(batch, list(outcomes), strict=True):
+            if error is None:
+                survivors.append(item)
+                continue
+            for rename in item.renames:
+                _failure_of(rename.source.unlink)
+            name = item.renames[0].target.name
+            item.done.set_exception(StoreError(f"cannot keep {name}: {error}"))
+        return survivors
+
+
+def _failure_of(step: Callable[..., object], *args: object) -> OSError | None:
+    try:
+        step(*args)
+    except OSError as error:
+        return error
+    return None
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _flush_sources(item: Publication) -> OSError | None:
+    failures = (_failure_of(_flush, rename.source) for rename in item.renames)
+    return next((error for error in failures if error is not None), None)
+
+
+def _rename(item: Publication, stage: int) -> OSError | None:
+    if stage >= len(item.renames):
+        return None
+    rename = item.renames[stage]
+    return _failure_of(rename.source.replace, rename.target)
+
+
+def _folder(item: Publication, stage: int) -> Path | None:
+    return item.renames[stage].target.parent if stage < len(item.renames) else None

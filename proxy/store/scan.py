@@ -1,0 +1,110 @@
+"""Walk the store folder: what is there, and what crashes and time left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy.store.layout import SIDE_FOLDERS, Layout
+
+BLOCK = 512
+"""The unit of ``st_blocks`` (stat(2)), whatever the file system's own block size is."""
+
+REMEMBER_FOR = 30 * 24 * 3600
+"""Seconds that a narinfo without NAR is kept: as long as Nix keeps its own copy of it."""
+
+NARINFO_SUFFIX = ".narinfo"
+
+_URL = re.compile(rb"^URL: (nar/[^/\n]+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file under its final name.
+
+    ``name`` is relative to the store, ``size`` as ``du`` counts it, ``modified`` in seconds since the epoch.
+    """
+
+    name: str
+    size: int
+    modified: int
+
+
+def disk_usage(status: os.stat_result) -> int:
+    """Return the bytes that a file takes on the disk."""
+    return status.st_blocks * BLOCK
+
+
+def scan(layout: Layout) -> Iterator[Found]:
+    """Yield every file of the binary cache, one after the other, in no particular order.
+
+    A narinfo whose NAR is missing (somebody deleted it) would make Nix ask this folder for a NAR that it
+    does not have, so such a narinfo is removed instead. Files that vanish meanwhile are passed over.
+
+    Raises:
+        OSError: The folder itself cannot be read.
+    """
+    for entry in _files(layout.root):
+        if entry.name.endswith(NARINFO_SUFFIX) and not _has_nar(layout, Path(entry.path)):
+            with contextlib.suppress(OSError):
+                Path(entry.path).unlink()
+        elif entry.name.endswith((NARINFO_SUFFIX, ".ls")):
+            yield from _found(layout, entry)
+    for folder in ("nar", *SIDE_FOLDERS):
+        for entry in _files_below(layout.root / folder):
+            yield from _found(layout, entry)
+
+
+def remove_leftovers(layout: Layout) -> None:
+    """Remove what downloads left that did not live to be published.
+
+    Raises:
+        OSError: The state folder cannot be written.
+    """
+    for entry in _files(layout.partials):
+        Path(entry.path).unlink()
+
+
+def forget_old_narinfos(layout: Layout, now: float | None = None) -> None:
+    """Remove remembered narinfos that no client remembers any more. Never fails."""
+    horizon = (time.time() if now is None else now) - REMEMBER_FOR
+    with contextlib.suppress(OSError):
+        for entry in _files_below(layout.remembered):
+            if entry.stat().st_mtime < horizon:
+                Path(entry.path).unlink()
+
+
+def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                yield entry
+
+
+def _files_below(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(Path(entry.path))
+            elif entry.is_file(follow_symlinks=False):
+                yield entry
+
+
+def _found(layout: Layout, entry: os.DirEntry[str]) -> Iterator[Found]:
+    with contextlib.suppress(FileNotFoundError):
+        name = Path(entry.path).relative_to(layout.root).as_posix()
+        status = entry.stat()
+        yield Found(name, disk_usage(status), int(status.st_mtime))
+
+
+def _has_nar(layout: Layout, narinfo: Path) -> bool:
+    try:
+        url = _URL.search(narinfo.read_bytes())
+    except OSError:
+        return True  # unreadable is not the same as useless
+    return url is not None and (layout.root / os.fsdecode(url[1])).is_file()

@@ -1,0 +1,168 @@
+"""Where the bytes of a NAR come from, and what is to become of them.
+
+A NAR's URL names the path and the NarHash. A narinfo that says the same, remembered or asked for again,
+leads to wherever an upstream keeps the file today.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import TypeVar
+
+from proxy.errors import (
+    NotFoundError,
+    StoreError,
+    TrustError,
+    UpstreamDeniedError,
+    UpstreamProtocolError,
+)
+from proxy.events import NotDecoded, Observer, StoreFailed
+from proxy.failover import Failover, observed
+from proxy.fetch import Body, Supply, Unverified
+from proxy.known import KnownPath, KnownPaths
+from proxy.nix.nar import NarVerifier
+from proxy.nix.nar_name import NarName
+from proxy.nix.store_path import HashPart
+from proxy.store.files import Partial
+from proxy.store.folder import Store
+from proxy.upstream.answer import Body as UpstreamBody
+
+T = TypeVar("T")
+
+
+class Supplier:
+    """Connects fetches with upstreams, and with the store.
+
+    Args:
+        store: Where verified NARs go.
+        failover: Whom to ask.
+        known: What is known already, and learns what is found out.
+        observer: Told of what cannot be kept or not be decoded.
+    """
+
+    def __init__(
+        self, store: Store, failover: Failover, known: KnownPaths, observer: Observer
+    ) -> None:
+        self._store = store
+        self._failover = failover
+        self._known = known
+        self._observer = observer
+
+    def use(self, failover: Failover) -> None:
+        """Ask other upstreams from now on."""
+        self._failover = failover
+
+    async def look_up(self, hash_part: HashPart, name: NarName | None = None) -> KnownPath:
+        """Ask the upstreams for a narinfo; one that leads to ``name``, if that is given."""
+        offer = await self._failover.narinfo(
+            hash_part, lambda info: name is None or info.nar_name == name
+        )
+        return self._known.learn(offer)
+
+    @contextlib.asynccontextmanager
+    async def nar(self, name: NarName) -> AsyncIterator[Supply]:
+        """Find out where a NAR is, and connect.
+
+        Raises:
+            NotFoundError: No upstream has this path with these contents.
+            UpstreamError: Nobody has it, as far as could be found out.
+        """
+        async with AsyncExitStack() as stack:
+            known, body = await self._at_its_place(
+                name,
+                lambda known: stack.enter_async_context(known.source.nar(known.info.url)),
+            )
+            try:
+                yield self._verified_supply(name, known, body)
+            except TrustError:
+                self._known.forget(known)
+                raise
+
+    async def announced_size(self, name: NarName) -> tuple[KnownPath, int | None]:
+        """Ask an upstream how many bytes a NAR has; None when nobody says.
+
+        Raises:
+            NotFoundError: No upstream has this path with these contents.
+            UpstreamError: Nobody has it, as far as could be found out.
+        """
+
+        async def ask(known: KnownPath) -> int | None:
+            try:
+                return await known.source.nar_size(known.info.url)
+            except (UpstreamDeniedError, UpstreamProtocolError):
+                if known.info.file_size is None:
+                    raise
+                return known.info.file_size  # an object store's signed URL may be for GET alone
+
+        return await self._at_its_place(name, ask)
+
+    async def _at_its_place(
+        self, name: NarName, ask: Callable[[KnownPath], Awaitable[T]]
+    ) -> tuple[KnownPath, T]:
+        """Ask where a NAR is said to be; if it has been moved since that was said, ask where to."""
+        known = self._known.elsewhere(name)
+        if known is not None:
+            try:
+                with observed(self._observer, known.origin, "nar", str(name)):
+                    return known, await ask(known)
+            except (NotFoundError, UpstreamDeniedError):
+                self._known.forget(known)
+        known = await self.look_up(name.hash_part, name)
+        with observed(self._observer, known.origin, "nar", str(name)):
+            return known, await ask(known)
+
+    def _verified_supply(self, name: NarName, known: KnownPath, body: Body) -> Supply:
+        info = known.info
+        verifier = NarVerifier(
+            compression=info.compression,
+            nar_hash=info.nar_hash,
+            nar_size=info.nar_size,
+            file_hash=info.file_hash,
+            file_size=info.file_size,
+        )
+        if not verifier.decoded:
+            self._observer(NotDecoded(str(name), info.compression))
+
+        async def publish(partial: Partial) -> None:
+            with self._reported(str(name)):
+                await self._store.publish_nar(name, partial, known.body, origin=known.origin)
+
+        return Supply(known.origin, body, verifier, info.file_size, publish)
+
+    @contextlib.asynccontextmanager
+    async def foreign_nar(self, reference: str) -> AsyncIterator[Supply]:
+        """Find out which upstream has a NAR by a URL that is not ours, and connect."""
+        offer = await self._failover.first(
+            lambda source: opened(source.upstream.nar(reference)), "nar", reference, discard=closed
+        )
+        stack, body = offer.value
+        async with stack:
+            yield Supply(offer.upstream.name, body, Unverified(), None, None)
+
+    async def publish_narinfo(self, name: NarName, known: KnownPath) -> None:
+        """Publish the narinfo of a NAR that is in the store; a failure is reported, not raised."""
+        with self._reported(str(name)):
+            await self._store.publish_narinfo(name.hash_part, known.body, origin=known.origin)
+
+    @contextlib.contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        """A disk that keeps nothing is no reason not to serve."""
+        try:
+            yield
+        except StoreError as error:
+            self._observer(StoreFailed(what, str(error)))
+
+
+async def opened(
+    answer: AbstractAsyncContextManager[UpstreamBody],
+) -> tuple[AsyncExitStack, UpstreamBody]:
+    """Enter an answer's context, and return it with what leaves it: for `Failover.first`."""
+    stack = AsyncExitStack()
+    return stack, await stack.enter_async_context(answer)
+
+
+async def closed(answer: tuple[AsyncExitStack, UpstreamBody]) -> None:
+    """Leave the context of an answer that was not taken."""
+    await answer[0].aclose()

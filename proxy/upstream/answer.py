@@ -1,0 +1,114 @@
+"""What an upstream sends: bodies as they arrive, content codings undone, errors as ours."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+
+import aiohttp
+
+from proxy.errors import (
+    TrustError,
+    UpstreamProtocolError,
+    UpstreamTimeoutError,
+    UpstreamUnavailableError,
+)
+from proxy.nix.decoders import decoder
+
+MAX_FILE = 256 * 2**20
+"""Bytes of a decoded log, listing, …: nobody reads more, and a small body could unpack to anything."""
+
+MAX_DRAIN = 64 * 2**10
+"""Bytes of an error's body that are read to keep its connection alive."""
+
+
+class Body:
+    """The body of an answer, as the upstream sends it.
+
+    Args:
+        upstream: The upstream's name, for errors.
+        response: The answer, whose status is 200.
+    """
+
+    def __init__(self, upstream: str, response: aiohttp.ClientResponse) -> None:
+        self._upstream = upstream
+        self._response = response
+        self.size = response.content_length
+        """Bytes that the upstream announced, or None."""
+
+    async def read(self) -> bytes:
+        """Return what has arrived, at most some 512 KiB; ``b""`` at the end of a complete body.
+
+        Raises:
+            UpstreamError: The connection broke, or no byte came in time.
+        """
+        with translated(self._upstream):
+            return await self._response.content.readany()
+
+    async def copy_decoded(self, sink: Callable[[bytes], object], *, limit: int = MAX_FILE) -> None:
+        """Read everything and undo its content coding.
+
+        Decoding is done on a worker thread, because a small body can unpack to seconds of work; and
+        ``sink`` is called there with the pieces.
+
+        Raises:
+            UpstreamProtocolError: The coding is unknown or damaged, or more than ``limit`` bytes came out.
+            UpstreamError: The connection broke, or no byte came in time.
+        """
+        total = 0
+
+        def take(piece: bytes) -> None:
+            nonlocal total
+            total += len(piece)
+            if total > limit:
+                raise UpstreamProtocolError(self._upstream, f"sent more than {limit} bytes")
+            sink(piece)
+
+        compression = _compression_of(self._response)
+        try:
+            coding = decoder(compression, take)
+            while data := await self.read():
+                if compression == "identity":
+                    coding.feed(data)
+                else:
+                    await asyncio.to_thread(coding.feed, data)
+            await asyncio.to_thread(coding.finish)
+        except TrustError as error:
+            raise UpstreamProtocolError(self._upstream, f"bad Content-Encoding: {error}") from error
+
+
+@contextlib.contextmanager
+def translated(upstream: str) -> Iterator[None]:
+    """Turn what the HTTP client raises into our own errors."""
+    try:
+        yield
+    except TimeoutError as error:  # aiohttp's own timeouts derive from it
+        raise UpstreamTimeoutError(upstream, "no answer in time") from error
+    except aiohttp.ClientPayloadError as error:
+        raise UpstreamUnavailableError(upstream, f"the answer was cut off: {error}") from error
+    except aiohttp.ClientConnectorError as error:  # its own text names the whole connection key
+        reason = str(error.os_error) or type(error).__name__
+        raise UpstreamUnavailableError(
+            upstream, f"cannot connect to {error.host}: {reason}"
+        ) from error
+    except (aiohttp.ClientConnectionError, OSError) as error:
+        reason = str(error) or type(error).__name__
+        raise UpstreamUnavailableError(upstream, reason) from error
+    except (aiohttp.ClientError, ValueError) as error:  # yarl and idna raise ValueError
+        # Not its text, which quotes what the upstream sent, or a URL that may hold a secret.
+        raise UpstreamProtocolError(upstream, f"not HTTP ({type(error).__name__})") from error
+
+
+async def drain(response: aiohttp.ClientResponse) -> None:
+    """Read a short body that nobody needs, so that the connection can be used again."""
+    if (response.content_length or 0) <= MAX_DRAIN:
+        for _ in range(MAX_DRAIN // 1024):
+            if not await response.content.read(1024):
+                return
+
+
+def _compression_of(response: aiohttp.ClientResponse) -> str:
+    """Name the content coding as Nix names compressions."""
+    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    return {"x-gzip": "gzip"}.get(coding, coding)

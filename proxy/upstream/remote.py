@@ -1,0 +1,275 @@
+"""One remote binary cache over HTTP.
+
+Rules:
+
+- URLs go out as they came in: nothing is decoded, normalised or encoded again (`yarl.URL(encoded=True)`),
+  because an upstream may sign, query or file by every byte of them.
+- A NAR's bytes arrive as the upstream sends them: no content coding is asked for, and none is accepted.
+- Redirects are followed here, not by the client: at most 5, never from https to http, and the upstream's
+  credentials stay with its own origin.
+- 404 and 410 mean absent (`NotFoundError`). Whatever else is not the answer that was asked for is an
+  `UpstreamError`: we do not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import ssl
+import urllib.parse
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import yarl
+
+from proxy import __version__
+from proxy.errors import (
+    NotFoundError,
+    ParseError,
+    UpstreamDeniedError,
+    UpstreamProtocolError,
+    UpstreamTimeoutError,
+    UpstreamUnavailableError,
+)
+from proxy.nix import narinfo
+from proxy.nix.narinfo import NarInfo
+from proxy.nix.store_path import HashPart
+from proxy.upstream.answer import Body, drain, translated
+from proxy.upstream.credentials import Credentials, anonymous
+from proxy.upstream.reference import resolved
+
+MAX_REDIRECTS = 5
+
+MAX_NARINFO = 4 * 2**20
+"""Bytes; a path with 10,000 references has a narinfo of about 600 kB."""
+
+READ_BUFFER = 2**18
+"""Bytes that the HTTP client buffers for a connection before it stops reading from the socket."""
+
+NAR_SHARE = 0.75
+"""Part of an upstream's connections that NARs may take, so that a narinfo never waits for a NAR."""
+
+SLOT_TIMEOUT = 240.0
+"""Seconds to wait for a connection; Nix gives up a download after 300 s without a byte."""
+
+_OK = 200
+_SERVER_ERRORS = 500
+_ABSENT = {404, 410}
+_DENIED = {401, 403, 407}
+_REDIRECTS = {301, 302, 303, 307, 308}
+_BUSY = {408, 429}
+_SCHEMES_AFTER = {"https": ("https",), "http": ("http", "https")}
+_PLAIN_URL = re.compile(r"[!-~]+")
+
+
+class Upstream:
+    """A remote binary cache. Made inside of a running event loop; closed with `close`.
+
+    Args:
+        name: The configured name; a word.
+        url: Where it is, without a trailing slash: ``https://cache.nixos.org``.
+        connect_timeout: Seconds to connect.
+        read_timeout: Seconds without a byte after which an answer is given up.
+        max_connections: Connections open at once.
+        credentials: Who we are to it.
+        ca_file: Certificates to trust instead of the system's.
+
+    Raises:
+        OSError: ``ca_file`` cannot be read or holds no certificate.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        *,
+        connect_timeout: float = 5.0,
+        read_timeout: float = 30.0,
+        max_connections: int = 32,
+        credentials: Credentials = anonymous,
+        ca_file: Path | None = None,
+    ) -> None:
+        self.name = name
+        self.url = url
+        self._origin = yarl.URL(url).origin()
+        self._credentials = credentials
+        self._proxies = urllib.request.getproxies()
+        self._header_timeout = connect_timeout + read_timeout
+        self._nar_slots = asyncio.Semaphore(max(1, int(max_connections * NAR_SHARE)))
+        tls = ssl.create_default_context(cafile=ca_file) if ca_file else True
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=max_connections, ttl_dns_cache=300, ssl=tls),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=connect_timeout, sock_read=read_timeout
+            ),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": f"nix-cache-proxy/{__version__}", "Accept": "*/*"},
+            skip_auto_headers=("Accept-Encoding",),
+            read_bufsize=READ_BUFFER,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Upstream {self.name} {self.url}>"
+
+    async def close(self) -> None:
+        """Drop all connections."""
+        await self._session.close()
+
+    async def narinfo(self, hash_part: HashPart) -> tuple[NarInfo, bytes]:
+        """Ask for a narinfo; return it parsed, and its text.
+
+        Raises:
+            NotFoundError: The upstream does not have the path.
+            UpstreamProtocolError: What came is not a narinfo.
+            UpstreamError: Anything else went wrong.
+        """
+        async with self._request("GET", f"{self.url}/{hash_part}.narinfo", {}) as response:
+            pieces: list[bytes] = []
+            await Body(self.name, response).copy_decoded(pieces.append, limit=MAX_NARINFO)
+        text = b"".join(pieces)
+        try:
+            return narinfo.parse(text), text
+        except ParseError as error:
+            raise UpstreamProtocolError(self.name, f"not a narinfo: {error}") from error
+
+    @contextlib.asynccontextmanager
+    async def file(self, path: str) -> AsyncIterator[Body]:
+        """Open another file (log, listing, realisation, …); it may have a content coding.
+
+        Raises:
+            NotFoundError: The upstream does not have it.
+            UpstreamError: Anything else went wrong.
+        """
+        headers = {"Accept-Encoding": "zstd, br, gzip"}
+        async with self._request("GET", f"{self.url}/{path}", headers) as response:
+            self._refuse_page(response)
+            yield Body(self.name, response)
+
+    @contextlib.asynccontextmanager
+    async def nar(self, reference: str) -> AsyncIterator[Body]:
+        """Open a NAR by the URL of its narinfo: relative to the upstream, or absolute.
+
+        Raises:
+            NotFoundError: It is not there.
+            UpstreamError: Anything else went wrong; also while the body is read.
+        """
+        async with self._nar_slot(), self._request("GET", self.resolve(reference), {}) as response:
+            self._refuse_page(response)
+            self._refuse_coding(response)
+            yield Body(self.name, response)
+
+    async def nar_size(self, reference: str) -> int | None:
+        """Ask how many bytes a NAR has without fetching it; None when the upstream does not say.
+
+        Raises:
+            NotFoundError: It is not there.
+            UpstreamError: Anything else went wrong.
+        """
+        async with self._request("HEAD", self.resolve(reference), {}) as response:
+            self._refuse_coding(response)
+            return response.content_length
+
+    def resolve(self, reference: str) -> str:
+        """Make the URL of a narinfo absolute (RFC 3986 §5, as Nix ≥ 2.32 does).
+
+        Raises:
+            UpstreamProtocolError: It is no http(s) URL, or would give up TLS.
+        """
+        return self._step(f"{self.url}/", reference)
+
+    def _step(self, base: str, reference: str) -> str:
+        """Resolve a reference or a redirect against where it was found."""
+        if not _PLAIN_URL.fullmatch(reference):
+            raise UpstreamProtocolError(self.name, "a URL that is empty or not in plain ASCII")
+        try:
+            url = resolved(base, reference)
+            host = yarl.URL(url, encoded=True).host
+        except ValueError as error:  # what yarl says quotes the URL, which may hold a secret
+            raise UpstreamProtocolError(self.name, "a URL that is none") from error
+        scheme = url.partition(":")[0]
+        if not host or scheme not in _SCHEMES_AFTER[base.partition(":")[0]]:
+            raise UpstreamProtocolError(self.name, f"a URL that leads to {scheme[:10]!r}")
+        return url
+
+    @contextlib.asynccontextmanager
+    async def _request(
+        self, method: str, url: str, headers: dict[str, str]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request, follow redirects, and yield the answer when its status is 200."""
+        for _ in range(MAX_REDIRECTS + 1):
+            with translated(self.name):
+                async with asyncio.timeout(self._header_timeout):
+                    response = await self._send(method, url, headers)
+                    if response.status != _OK:
+                        await drain(response)
+            try:
+                if response.status not in _REDIRECTS:
+                    self._check_status(response)
+                    yield response
+                    return
+                url = self._step(url, response.headers.get("Location", ""))
+            finally:
+                response.release()
+        raise UpstreamProtocolError(self.name, f"more than {MAX_REDIRECTS} redirects")
+
+    async def _send(self, method: str, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        target = yarl.URL(url, encoded=True)
+        host = (target.host or "").lower()
+        authorization = self._credentials(host, target.origin() == self._origin)
+        if authorization is not None:
+            headers = {**headers, "Authorization": authorization}
+        if self._session.closed:
+            raise UpstreamUnavailableError(self.name, "it is not configured any more")
+        return await self._session.request(
+            method,
+            target,
+            headers=headers,
+            allow_redirects=False,
+            proxy=self._forward_proxy(target),
+        )
+
+    def _forward_proxy(self, url: yarl.URL) -> str | None:
+        """Return the proxy that the environment wants for a URL (``https_proxy``, ``no_proxy``, …)."""
+        proxy = self._proxies.get(url.scheme)
+        if proxy is None or urllib.request.proxy_bypass(f"{url.host}:{url.port}"):
+            return None
+        return proxy if "://" in proxy else f"http://{proxy}"  # as curl reads it
+
+    def _check_status(self, response: aiohttp.ClientResponse) -> None:
+        status = response.status
+        if status == _OK:
+            return
+        if status in _ABSENT:
+            raise NotFoundError(f"{self.name} answered {status}")
+        if status in _DENIED:
+            raise UpstreamDeniedError(self.name, f"answered {status}; are its credentials right?")
+        if status in _BUSY or status >= _SERVER_ERRORS:
+            raise UpstreamUnavailableError(self.name, f"answered {status}")
+        raise UpstreamProtocolError(self.name, f"answered {status}")
+
+    def _refuse_page(self, response: aiohttp.ClientResponse) -> None:
+        """A page, of a login or of maintenance, is no file of a binary cache, whatever its status."""
+        if response.content_type == "text/html":
+            raise UpstreamProtocolError(self.name, "sent a page of HTML")
+
+    def _refuse_coding(self, response: aiohttp.ClientResponse) -> None:
+        """A NAR with a content coding has neither the FileHash nor the size of its narinfo."""
+        coding = response.headers.get("Content-Encoding", "identity")
+        if coding != "identity":
+            raise UpstreamProtocolError(self.name, f"sent a NAR with Content-Encoding {coding!r}")
+
+    @contextlib.asynccontextmanager
+    async def _nar_slot(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(SLOT_TIMEOUT):
+                await self._nar_slots.acquire()
+        except TimeoutError as error:
+            raise UpstreamTimeoutError(self.name, "all its connections are busy") from error
+        try:
+            yield
+        finally:
+            self._nar_slots.release()

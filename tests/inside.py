@@ -1,0 +1,235 @@
+"""The proxy in the test's own event loop: real store, upstreams, cache and server, on loopback.
+
+For what a test wants to see from inside (events, the store, the clock). What a user sees is tested
+with `tests.daemon.DaemonProcess`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import aiohttp
+import yarl
+
+from proxy.cache import Cache
+from proxy.events import Event
+from proxy.failover import Failover, Source
+from proxy.nix.cache_info import CacheInfo
+from proxy.nix.signature import Keyring, PublicKey
+from proxy.server.app import Server
+from proxy.server.listening import listening
+from proxy.server.page import Facts
+from proxy.store.folder import Store
+from proxy.upstream.credentials import Credentials, anonymous
+from proxy.upstream.remote import Upstream
+
+E = TypeVar("E", bound=Event)
+
+PATIENCE = 20.0
+"""Seconds after which nothing is waited for any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What a client got: the body as far as it came, and whether that was all."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    complete: bool
+
+
+class Clock:
+    """A clock that goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        """Return the seconds so far."""
+        return self.now
+
+
+class _Events(list[Event]):
+    """What was observed; whoever waits is woken by each event."""
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        super().__init__(events)
+        self._more = asyncio.Event()
+
+    def append(self, event: Event) -> None:
+        super().append(event)
+        self._more.set()
+        self._more = asyncio.Event()
+
+    async def more(self) -> None:
+        """Wait for the next event."""
+        await self._more.wait()
+
+
+class InsideProxy:
+    """A proxy in this event loop, for ``async with``.
+
+    Attributes:
+        url: Where it listens, while it runs.
+        events: Everything that was observed, oldest first.
+        store: The open store.
+        cache: The cache.
+        server: The request handler.
+        clock: What negative answers age by.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *upstreams: str,
+        keys: Sequence[str] = (),
+        trust: bool = True,
+        budget: float = 8.0,
+        connect_timeout: float = 5.0,
+        read_timeout: float = 30.0,
+        negative_ttl: float = 60.0,
+        strict: bool = False,
+        credentials: Credentials = anonymous,
+    ) -> None:
+        """Take URLs, the most preferred first; ``trust=False`` believes them unsigned."""
+        self.folder = folder
+        self.events = _Events()
+        self.clock = Clock()
+        self.url = ""
+        self._upstreams = upstreams
+        self._keyring = Keyring([PublicKey.parse(key) for key in keys]) if trust else None
+        self._budget = budget
+        self._timeouts = (connect_timeout, read_timeout)
+        self._negative_ttl = negative_ttl
+        self._strict = strict
+        self._credentials = credentials
+
+    async def start(self) -> Self:
+        """Open the store and serve."""
+        cache_info = CacheInfo()
+        self.store = Store(self.folder, cache_info, self.events.append)
+        self.failover = self.make_failover(*self._upstreams)
+        self.cache = Cache(
+            self.store,
+            self.failover,
+            negative_ttl=self._negative_ttl,
+            observer=self.events.append,
+            clock=self.clock,
+        )
+        self.server = Server(
+            self.cache,
+            cache_info=cache_info,
+            observer=self.events.append,
+            facts=lambda: Facts(list(self._upstreams), [], 0, 0, "test"),
+            metrics=lambda: (b"# none\n", "text/plain"),
+            check_ready=self.store.check_writable,
+        )
+        self.server.strict = self._strict
+        self._listening = listening(self.server, [("127.0.0.1", 0)], shutdown_timeout=1.0)
+        (address,) = await self._listening.__aenter__()
+        self.url = f"http://{address}"
+        self.session = aiohttp.ClientSession(auto_decompress=False)
+        return self
+
+    async def stop(self) -> None:
+        """Stop serving and close the store."""
+        await self.session.close()
+        await self._listening.__aexit__(None, None, None)
+        await self.cache.close()
+        for source in self.failover.sources:
+            await source.upstream.close()
+        await self.store.close()
+
+    def make_failover(self, *upstreams: str) -> Failover:
+        """Make upstreams named ``up0``, ``up1`` and so on."""
+        connect, read = self._timeouts
+        return Failover(
+            [
+                Source(
+                    Upstream(
+                        f"up{number}",
+                        url,
+                        connect_timeout=connect,
+                        read_timeout=read,
+                        credentials=self._credentials,
+                    ),
+                    self._keyring,
+                )
+                for number, url in enumerate(upstreams)
+            ],
+            budget=self._budget,
+            observer=self.events.append,
+        )
+
+    def observed(self, kind: type[E]) -> list[E]:
+        """Return the events of one kind."""
+        return [event for event in self.events if isinstance(event, kind)]
+
+    @property
+    def kept(self) -> set[str]:
+        """Files in the store folder that came from an upstream, relative to it."""
+        files = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
+        return {str(path) for path in files if path.parts[0] not in {".state", "nix-cache-info"}}
+
+    @property
+    def partials(self) -> list[Path]:
+        """Files that are neither complete nor given up."""
+        return list(self.store.layout.partials.iterdir())
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Wait until what was observed makes ``condition`` true."""
+        async with asyncio.timeout(PATIENCE):
+            while not condition():
+                await self.events.more()
+
+    async def idle(self) -> None:
+        """Wait until nothing is under way any more."""
+        async with asyncio.timeout(PATIENCE):
+            while tasks := self.cache.tasks:
+                await asyncio.wait(tasks)
+
+    async def pull(
+        self, path: str, headers: Mapping[str, str] | None = None, method: str = "GET"
+    ) -> Received:
+        """Return what came, also when it was cut off; the path goes out as it is."""
+        target = yarl.URL(f"{self.url}{path}", encoded=True)
+        async with self.session.request(method, target, headers=headers) as answer:
+            body = bytearray()
+            complete = True
+            try:
+                async for piece in answer.content.iter_any():
+                    body += piece
+            except (aiohttp.ClientError, ConnectionError):
+                complete = False
+            return Received(answer.status, answer.headers, bytes(body), complete)
+
+    async def get(
+        self, path: str, headers: dict[str, str] | None = None, method: str = "GET"
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body; raises what aiohttp raises when it is cut off."""
+        async with self.session.request(method, f"{self.url}{path}", headers=headers) as answer:
+            return answer.status, dict(answer.headers), await answer.read()
+
+    async def nar_url(self, hash_part: str) -> str:
+        """Ask for a narinfo, and return the path of its NAR."""
+        status, _, body = await self.get(f"/{hash_part}.narinfo")
+        assert status == 200, (status, body)
+        lines = dict(line.split(": ", 1) for line in body.decode().splitlines())
+        return "/" + lines["URL"]
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()

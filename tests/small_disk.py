@@ -1,0 +1,47 @@
+"""A disk that is small, and soon full: a tmpfs of the test's own."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, *, size: int, inodes: int = 10_000) -> Iterator[Path]:
+    """Mount a new file system of `size` bytes and `inodes` files at `folder`, which is made.
+
+    Skips the test where mounting is not permitted.
+    """
+    folder.mkdir()
+    options = f"size={size},nr_inodes={inodes}"
+    mounted = _mount("-t", "tmpfs", "-o", options, "small-disk", str(folder))
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def make_read_only(folder: Path) -> None:
+    """Let nobody write to a small disk any more."""
+    _mount("-o", "remount,ro", str(folder)).check_returncode()
+
+
+def fill(folder: Path) -> Path:
+    """Use up all space of a small disk; remove the returned file to have it back."""
+    filler = folder / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    assert shutil.disk_usage(folder).free == 0
+    return filler
+
+
+def _mount(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["mount", *arguments], check=False, capture_output=True)
