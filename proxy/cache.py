@@ -15,23 +15,21 @@ import asyncio
 import contextlib
 import os
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
-from proxy.errors import (
-    NotFoundError,
-)
-from proxy.events import COALESCED, HIT, MISS, Observer, Result
+from proxy.answers import Content, Text
+from proxy.errors import NotFoundError, ProxyError
+from proxy.events import COALESCED, HIT, MISS, PREFETCHED, Fault, Observer, Result
 from proxy.failover import Failover
 from proxy.fetch import Fetch, Reader, Supply
-from proxy.known import KnownPaths
+from proxy.known import KnownPath, KnownPaths
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
 from proxy.recent import Recent
-from proxy.store.files import OpenFile
 from proxy.store.folder import Store
 from proxy.supplier import Supplier, closed, opened
 
@@ -40,43 +38,14 @@ T = TypeVar("T")
 ABSENT_PATHS = 100_000
 """Remembered absences, of about 200 bytes each."""
 
+AHEAD = 100_000
+"""NARs fetched ahead of clients that are remembered until a client asks for them."""
+
+LONGEST_ABSENT = 300
+"""Characters of a name whose absence is remembered; only names that others made up are longer."""
+
 WORKERS = min(8, (os.cpu_count() or 1) + 1)
 """Threads that write and verify; they release the interpreter for nearly all of their work."""
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A narinfo as it goes to a client, and where it came from."""
-
-    body: bytes
-    result: Result
-    upstream: str
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """A file that is here, on its way, or (``file`` is None) only announced by an upstream.
-
-    A context manager: what is open is closed at its end.
-    """
-
-    file: OpenFile | Reader | None
-    announced: int | None
-    etag: str | None
-    result: Result
-    upstream: str
-
-    @property
-    def size(self) -> int | None:
-        """Bytes of the whole file; None while nobody knows."""
-        return self.announced if self.file is None else self.file.size
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
 
 
 class Cache:
@@ -108,6 +77,7 @@ class Cache:
         self._supplier = Supplier(store, failover, self._known, observer)
         self._absent: Recent[str, float] = Recent(ABSENT_PATHS)
         self._fetches: dict[str, Fetch] = {}
+        self._ahead: Recent[str, int] = Recent(AHEAD)
         self._asked: dict[str, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="verify")
@@ -140,6 +110,72 @@ class Cache:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._workers.shutdown)
 
+    def hot_narinfo(self, hash_part: HashPart) -> KnownPath | None:
+        """Return a path's narinfo if it is in memory."""
+        return self._known.hot(hash_part)
+
+    def keeps(self, hash_part: HashPart) -> bool:
+        """Tell whether a path is in the store."""
+        return self._store.has_narinfo(hash_part)
+
+    def is_absent(self, key: str) -> bool:
+        """Tell whether a narinfo (``{hash part}.narinfo``) or another file is known to be absent."""
+        expires = self._absent.get(key)
+        return expires is not None and self._clock() < expires
+
+    @property
+    def room(self) -> int:
+        """Bytes that can be kept before anything has to be evicted."""
+        return self._store.room
+
+    @property
+    def ahead_unasked(self) -> int:
+        """Bytes that were fetched ahead of clients, and that none has asked for since."""
+        return sum(self._ahead.values())
+
+    def _was_ahead(self, key: str) -> bool:
+        """Tell, once, whether a NAR was fetched ahead of whoever asks for it now."""
+        was_ahead = self._ahead.get(key) is not None
+        self._ahead.drop(key)
+        return was_ahead
+
+    def lacks(self, name: NarName) -> bool:
+        """Tell whether a NAR is neither here nor on its way."""
+        return str(name) not in self._fetches and not self._store.has_nar(name)
+
+    async def look_ahead(self, hash_part: HashPart) -> KnownPath:
+        """Find out what there is to know of a path before a client asks.
+
+        Raises:
+            NotFoundError: No upstream has the path.
+            UpstreamError: Nobody has it, as far as could be found out.
+        """
+        return (await self.narinfo(hash_part)).known
+
+    async def fetch_ahead(self, name: NarName) -> None:
+        """Fetch a NAR before a client asks, and wait until it is whole.
+
+        Raises:
+            ProxyError: It cannot be fetched.
+        """
+        key = str(name)
+        if not self.lacks(name):
+            return
+        self._refuse_if_absent(key)
+        fetch = self._start(key, lambda: self._supplier.nar(name))
+        self._ahead.put(key, 1)
+        try:
+            await fetch.ended()
+        except BaseException:
+            self._ahead.drop(key)
+            raise
+        if self._ahead.get(key) is not None:
+            self._ahead.put(key, fetch.size or 1)
+
+    def used(self, name: NarName) -> None:
+        """Note that a NAR of the store was given to somebody past this cache."""
+        self._store.used(name)
+
     async def narinfo(self, hash_part: HashPart) -> Text:
         """Return a path's narinfo, with the URL by which `nar` knows its NAR.
 
@@ -149,13 +185,13 @@ class Cache:
         """
         known = self._known.get(hash_part)
         if known is not None:
-            return Text(known.body, HIT, known.origin)
+            return Text(known, HIT)
         key = f"{hash_part}.narinfo"
         joined = key in self._asked
         with self._absence(key):
             learnt = await self._once(key, lambda: self._supplier.look_up(hash_part))
         self._absent.drop(str(learnt.info.nar_name))
-        return Text(learnt.body, COALESCED if joined else MISS, learnt.origin)
+        return Text(learnt, COALESCED if joined else MISS)
 
     async def nar(self, name: NarName) -> Content:
         """Return a NAR: from the store, or as it arrives.
@@ -169,8 +205,11 @@ class Cache:
         key = str(name)
         file = self._store.open_nar(name)
         if file is not None:
-            return Content(file, None, self._known.etag(name), HIT, self._published_by(name))
+            result = PREFETCHED if self._was_ahead(key) else HIT
+            return Content(file, None, self._known.etag(name), result, self._published_by(name))
         reader, result = await self._joined(key, lambda: self._supplier.nar(name))
+        if self._was_ahead(key):
+            result = PREFETCHED
         return Content(reader, None, self._known.etag(name), result, reader.fetch.upstream)
 
     async def nar_head(self, name: NarName) -> Content:
@@ -183,7 +222,9 @@ class Cache:
         if str(name) in self._fetches or self._store.has_nar(name):
             return await self.nar(name)
         with self._absence(str(name)):
-            known, size = await self._supplier.announced_size(name)
+            known, size = await self._once(
+                f"size of {name}", lambda: self._supplier.announced_size(name)
+            )
         return Content(None, size, self._known.etag(name), MISS, known.origin)
 
     async def foreign_nar(self, reference: str) -> Content:
@@ -208,8 +249,11 @@ class Cache:
             UpstreamError: Nobody has it, as far as could be found out.
         """
         with self._absence(reference):
-            offer = await self._failover.first(
-                lambda source: source.upstream.nar_size(reference), "nar", reference
+            offer = await self._once(
+                f"size of {reference}",
+                lambda: self._failover.first(
+                    lambda source: source.upstream.nar_size(reference), "nar", reference
+                ),
             )
         return Content(None, offer.value, None, MISS, offer.upstream.name)
 
@@ -255,11 +299,11 @@ class Cache:
             raise
 
     def _remember_absence(self, key: str) -> None:
-        self._absent.put(key, self._clock() + self._negative_ttl)
+        if len(key) <= LONGEST_ABSENT:
+            self._absent.put(key, self._clock() + self._negative_ttl)
 
     def _refuse_if_absent(self, key: str) -> None:
-        expires = self._absent.get(key)
-        if expires is not None and self._clock() < expires:
+        if self.is_absent(key):
             raise NotFoundError(f"no upstream has {key}")
 
     async def _once(self, key: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -304,8 +348,8 @@ class Cache:
             try:
                 await fetch.run()
             finally:
-                del self._fetches[key]
                 fetch.close()
+                del self._fetches[key]
             if isinstance(fetch.error, NotFoundError):
                 self._remember_absence(key)
 
@@ -321,8 +365,10 @@ class Cache:
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # everybody who asked may have left
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, ProxyError):
+            trace = "".join(traceback.format_exception(error))
+            self._observer(Fault("a task of the cache", trace))  # who asked may have left
 
     async def _keep_file(self, path: str) -> None:
         """Download a file that is neither narinfo nor NAR, and publish it."""

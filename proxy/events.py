@@ -13,12 +13,13 @@ from typing import Final, Literal
 Asked = Literal["narinfo", "nar", "file"]
 """What was asked of an upstream; ``file`` is everything that is neither narinfo nor NAR."""
 
-Result = Literal["HIT", "MISS", "COALESCED"]
+Result = Literal["HIT", "MISS", "COALESCED", "PREFETCHED"]
 """Where an answer came from, as ``X-Cache`` says it."""
 
 HIT: Final[Result] = "HIT"
 MISS: Final[Result] = "MISS"
 COALESCED: Final[Result] = "COALESCED"
+PREFETCHED: Final[Result] = "PREFETCHED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,24 @@ class RequestServed:
 
 
 @dataclass(frozen=True, slots=True)
+class FastlaneServed:
+    """So many clients were answered by the fast lane, all in the same way."""
+
+    route: str
+    code: int
+    result: Result | Literal[""]
+    requests: int
+    body_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FastlaneClosed:
+    """The fast lane is not used, for a reason; everything works, at the speed of aiohttp."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ConfigReloaded:
     """SIGHUP came: the new configuration is in force, or ``error`` says why the old one stays."""
 
@@ -138,6 +157,8 @@ Event = (
     | Published
     | Evicted
     | RequestServed
+    | FastlaneServed
+    | FastlaneClosed
     | ConfigReloaded
     | Fault
 )

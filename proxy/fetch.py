@@ -31,7 +31,7 @@ ignores the cut connection, few enough that nobody waits for them."""
 
 
 class Body(Protocol):
-    """What arrives from an upstream: `proxy.upstream.remote.Body`."""
+    """What arrives from an upstream: `proxy.upstream.answer.Body`."""
 
     size: int | None
 
@@ -158,6 +158,15 @@ class Fetch:
         while self.size is None:
             await self._change()
         return self.size
+
+    async def ended(self) -> None:
+        """Wait until the file is whole and verified, or never will be.
+
+        Raises:
+            ProxyError: The fetch failed.
+        """
+        while not self._verified:
+            await self._change()
 
     async def run(self) -> None:
         """Find, download, verify, publish. What fails is told to the readers and in `error`."""

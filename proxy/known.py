@@ -20,20 +20,27 @@ from proxy.recent import Recent
 from proxy.store.folder import Store
 from proxy.upstream.remote import Upstream
 
-HOT_NARINFOS = 8_000
-"""Verified narinfos in memory, parsed and rendered, of about 5 kB each."""
+HOT_BYTES = 32 * 2**20
+"""Bytes of verified narinfos in memory, parsed and rendered: some 8,000 of them."""
+
+PARSED = 4
+"""Times that a narinfo takes its own size: as text, as fields, as values, as an answer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KnownPath:
     """A verified narinfo, and the text that clients get of it.
 
-    ``upstream`` is None, and the narinfo's URL our own, when its NAR is in the store.
+    ``upstream`` is None, and the narinfo's URL our own, when it was read from the store. ``kept`` tells
+    that its NAR is in the store. ``answer`` is for whoever serves it, to keep there what was made of it,
+    for as long as it is known.
     """
 
     info: VerifiedNarInfo
     body: bytes
     upstream: Upstream | None
+    kept: bool = False
+    answer: bytes | None = None
 
     @property
     def origin(self) -> str:
@@ -65,7 +72,9 @@ class KnownPaths:
         self._store = store
         self._failover = failover
         self._observer = observer
-        self._hot: Recent[HashPart, KnownPath] = Recent(HOT_NARINFOS)
+        self._hot: Recent[HashPart, KnownPath] = Recent(
+            HOT_BYTES, weigh=lambda known: PARSED * len(known.body)
+        )
 
     def use(self, failover: Failover) -> None:
         """Trust the keys of other upstreams from now on."""
@@ -79,9 +88,14 @@ class KnownPaths:
             self._hot.put(hash_part, known)
         return known
 
+    def hot(self, hash_part: HashPart) -> KnownPath | None:
+        """Return what is known of a path without looking at the disk."""
+        return self._hot.get(hash_part)
+
     def elsewhere(self, name: NarName) -> KnownPath | None:
         """Return what leads to this NAR at an upstream."""
-        for known in (self._hot.get(name.hash_part), self._remembered(name.hash_part)):
+        for look in (self._hot.get, self._remembered):
+            known = look(name.hash_part)
             if known and known.upstream and known.info.nar_name == name:
                 return known
         return None
@@ -114,7 +128,7 @@ class KnownPaths:
             if text is None:
                 return None
             info = self._failover.verify(narinfo.parse(text), hash_part)
-            return KnownPath(info, narinfo.format(info, _url(info)), None)
+            return KnownPath(info, narinfo.format(info, _url(info)), None, kept=True)
 
         return self._if_sound(recall, "", hash_part)
 

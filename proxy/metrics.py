@@ -25,6 +25,7 @@ from proxy.events import (
     ConfigReloaded,
     Event,
     Evicted,
+    FastlaneServed,
     Fault,
     FetchEnded,
     Rejected,
@@ -111,12 +112,21 @@ class Metrics:
         match event:
             case RequestServed():
                 self._count_request(event)
+            case FastlaneServed(route, code, result, requests, body_bytes):
+                self._requests.labels(route, "GET", code, result).inc(requests)
+                if result:
+                    self._bytes.labels(result).inc(body_bytes)
             case UpstreamAnswered(upstream, asked, _, outcome, _):
                 self._upstream_requests.labels(upstream, asked, outcome).inc()
             case FetchEnded(_, upstream, size):
                 self._upstream_bytes.labels(upstream).inc(size)
             case Rejected(_, _, kind, _):
                 self._rejected.labels(kind).inc()
+            case _:
+                self._count_rare(event)
+
+    def _count_rare(self, event: Event) -> None:
+        match event:
             case StoreFailed():
                 self._store_failures.inc()
             case Evicted(_, size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -10,14 +11,24 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """The ``most`` things used last.
+    """The things used last, as many as may be kept.
 
     Args:
-        most: How many to keep.
+        most: How many to keep, or how much of them by ``weigh``.
+        on_drop: Called with each thing that is kept no longer.
+        weigh: How much a thing counts.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(
+        self,
+        most: int,
+        on_drop: Callable[[V], object] | None = None,
+        weigh: Callable[[V], int] = lambda _thing: 1,
+    ) -> None:
         self._most = most
+        self._on_drop = on_drop
+        self._weigh = weigh
+        self._weight = 0
         self._things: OrderedDict[K, V] = OrderedDict()
 
     def __len__(self) -> int:
@@ -32,15 +43,25 @@ class Recent(Generic[K, V]):
 
     def put(self, key: K, thing: V) -> None:
         """Keep ``thing``, and drop what was not used for longest when there are too many."""
+        self.drop(key)
         self._things[key] = thing
-        self._things.move_to_end(key)
-        if len(self._things) > self._most:
-            self._things.popitem(last=False)
+        self._weight += self._weigh(thing)
+        while self._weight > self._most:
+            self.drop(next(iter(self._things)))
 
     def drop(self, key: K) -> None:
         """Forget what is kept under ``key``, if anything."""
-        self._things.pop(key, None)
+        dropped = self._things.pop(key, None)
+        if dropped is not None:
+            self._weight -= self._weigh(dropped)
+            if self._on_drop is not None:
+                self._on_drop(dropped)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._things.clear()
+        for key in tuple(self._things):
+            self.drop(key)
+
+    def values(self) -> Iterable[V]:
+        """Everything that is kept, in no particular order; this counts as no use."""
+        return self._things.values()

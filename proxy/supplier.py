@@ -110,8 +110,12 @@ class Supplier:
             except (NotFoundError, UpstreamDeniedError):
                 self._known.forget(known)
         known = await self.look_up(name.hash_part, name)
-        with observed(self._observer, known.origin, "nar", str(name)):
-            return known, await ask(known)
+        try:
+            with observed(self._observer, known.origin, "nar", str(name)):
+                return known, await ask(known)
+        except (NotFoundError, UpstreamDeniedError):
+            self._known.forget(known)  # a narinfo without its NAR is of no use to anybody
+            raise
 
     def _verified_supply(self, name: NarName, known: KnownPath, body: Body) -> Supply:
         info = known.info
@@ -128,6 +132,7 @@ class Supplier:
         async def publish(partial: Partial) -> None:
             with self._reported(str(name)):
                 await self._store.publish_nar(name, partial, known.body, origin=known.origin)
+                known.kept = True
 
         return Supply(known.origin, body, verifier, info.file_size, publish)
 
@@ -144,7 +149,7 @@ class Supplier:
     async def publish_narinfo(self, name: NarName, known: KnownPath) -> None:
         """Publish the narinfo of a NAR that is in the store; a failure is reported, not raised."""
         with self._reported(str(name)):
-            await self._store.publish_narinfo(name.hash_part, known.body, origin=known.origin)
+            await self._store.publish_narinfo(name, known.body, origin=known.origin)
 
     @contextlib.contextmanager
     def _reported(self, what: str) -> Iterator[None]:

@@ -18,6 +18,10 @@ START_TIMEOUT = 30.0
 STOP_TIMEOUT = 30.0
 
 
+NO_LOOK_AHEAD = '[prefetch]\nnarinfos = false\nnars = "off"'
+"""What most tests want: nothing is asked of an upstream but what a client asked for."""
+
+
 class DaemonProcess:
     """``nix-cache-proxy serve`` in a folder of its own, started with ``with`` or `start`.
 
@@ -77,6 +81,7 @@ class DaemonProcess:
                 f'[[upstream]]\nname = "up{number}"\nurl = {json.dumps(url)}'
                 for number, url in enumerate(upstreams)
             ),
+            "" if "[prefetch]" in config else NO_LOOK_AHEAD,
             config,
         ]
         self.config_file.write_text("\n\n".join(tables) + "\n")

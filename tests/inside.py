@@ -21,9 +21,11 @@ from proxy.events import Event
 from proxy.failover import Failover, Source
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.signature import Keyring, PublicKey
+from proxy.prefetch import LookAhead, Prefetch
 from proxy.server.app import Server
 from proxy.server.listening import listening
 from proxy.server.page import Facts
+from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.folder import Store
 from proxy.upstream.credentials import Credentials, anonymous
 from proxy.upstream.remote import Upstream
@@ -72,6 +74,10 @@ class _Events(list[Event]):
         await self._more.wait()
 
 
+NO_LOOK_AHEAD = LookAhead(narinfos=False, nars=False)
+"""What most tests want: nothing is asked of an upstream but what a client asked for."""
+
+
 class InsideProxy:
     """A proxy in this event loop, for ``async with``.
 
@@ -96,6 +102,9 @@ class InsideProxy:
         negative_ttl: float = 60.0,
         strict: bool = False,
         credentials: Credentials = anonymous,
+        look_ahead: LookAhead = NO_LOOK_AHEAD,
+        limits: Limits = UNLIMITED,
+        max_connections: int = 32,
     ) -> None:
         """Take URLs, the most preferred first; ``trust=False`` believes them unsigned."""
         self.folder = folder
@@ -109,11 +118,14 @@ class InsideProxy:
         self._negative_ttl = negative_ttl
         self._strict = strict
         self._credentials = credentials
+        self._look_ahead = look_ahead
+        self._limits = limits
+        self._max_connections = max_connections
 
     async def start(self) -> Self:
         """Open the store and serve."""
         cache_info = CacheInfo()
-        self.store = Store(self.folder, cache_info, self.events.append)
+        self.store = Store(self.folder, cache_info, self.events.append, self._limits)
         self.failover = self.make_failover(*self._upstreams)
         self.cache = Cache(
             self.store,
@@ -122,8 +134,10 @@ class InsideProxy:
             observer=self.events.append,
             clock=self.clock,
         )
+        self.prefetch = Prefetch(self.cache, self._look_ahead)
         self.server = Server(
             self.cache,
+            prefetch=self.prefetch,
             cache_info=cache_info,
             observer=self.events.append,
             facts=lambda: Facts(list(self._upstreams), [], 0, 0, "test"),
@@ -131,7 +145,9 @@ class InsideProxy:
             check_ready=self.store.check_writable,
         )
         self.server.strict = self._strict
-        self._listening = listening(self.server, [("127.0.0.1", 0)], shutdown_timeout=1.0)
+        self._listening = listening(
+            self.server, [("127.0.0.1", 0)], shutdown_timeout=1.0, linger=0.0
+        )
         (address,) = await self._listening.__aenter__()
         self.url = f"http://{address}"
         self.session = aiohttp.ClientSession(auto_decompress=False)
@@ -141,6 +157,7 @@ class InsideProxy:
         """Stop serving and close the store."""
         await self.session.close()
         await self._listening.__aexit__(None, None, None)
+        await self.prefetch.close()
         await self.cache.close()
         for source in self.failover.sources:
             await source.upstream.close()
@@ -157,6 +174,7 @@ class InsideProxy:
                         url,
                         connect_timeout=connect,
                         read_timeout=read,
+                        max_connections=self._max_connections,
                         credentials=self._credentials,
                     ),
                     self._keyring,
@@ -189,10 +207,17 @@ class InsideProxy:
                 await self.events.more()
 
     async def idle(self) -> None:
-        """Wait until nothing is under way any more."""
+        """Wait until nothing is under way any more, be it asked for or ahead."""
+        ahead = self.prefetch
         async with asyncio.timeout(PATIENCE):
-            while tasks := self.cache.tasks:
+            while tasks := self.cache.tasks | ahead._lookups | ahead._downloads:
                 await asyncio.wait(tasks)
+
+    async def eventually(self, condition: Callable[[], object]) -> None:
+        """Wait until a condition is true of which no event tells."""
+        async with asyncio.timeout(PATIENCE):
+            while not condition():  # noqa: ASYNC110  # nothing tells, so there is no event
+                await asyncio.sleep(0.001)
 
     async def pull(
         self, path: str, headers: Mapping[str, str] | None = None, method: str = "GET"

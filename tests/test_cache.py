@@ -131,6 +131,20 @@ async def test_who_asks_at_the_same_time_shares_the_answer(
     assert cache.count() == 1
 
 
+async def test_who_asked_first_may_give_up(proxy: InsideProxy, cache: BinaryCacheSimulator) -> None:
+    """The one who caused a lookup gives up, and those who joined get the answer all the same."""
+    gate = Gate(after=None)
+    cache.fault(ENTRY.narinfo_path, gate)
+    first = asyncio.create_task(proxy.cache.narinfo(HASH_PART))
+    await gate.reached.wait()
+    others = [asyncio.create_task(proxy.cache.narinfo(HASH_PART)) for _ in range(3)]
+    first.cancel()
+    await asyncio.wait([first])
+    gate.open()
+    assert [text.result for text in await asyncio.gather(*others)] == ["COALESCED"] * 3
+    assert cache.count() == 1
+
+
 async def test_fetches_are_counted_until_they_are_stored(
     proxy: InsideProxy, cache: BinaryCacheSimulator
 ) -> None:
@@ -350,6 +364,21 @@ async def test_a_narinfo_that_a_crash_withheld_is_made_good(
     await proxy.until(lambda: len(proxy.observed(Published)) == 2)
     assert narinfo.read_bytes() == text
     assert cache.gets(ENTRY.nar_path) == 1
+
+
+async def test_a_nar_whose_narinfo_is_lost_is_served(
+    cache: BinaryCacheSimulator, tmp_path: Path
+) -> None:
+    """A NAR in the store is served by its URL, whether or not anybody remembers its narinfo."""
+    async with InsideProxy(tmp_path, cache.url, keys=[KEY.public]) as proxy:
+        await pulled(proxy)
+    (tmp_path / ENTRY.narinfo_path[1:]).unlink()
+    async with InsideProxy(tmp_path, cache.url, keys=[KEY.public]) as proxy:
+        answer = await proxy.pull(URL)
+        assert (answer.body, answer.headers["X-Cache"]) == (FILE, "HIT")
+        assert "X-Upstream" not in answer.headers
+        assert await result_of(proxy, ENTRY.narinfo_path) == (200, "MISS")
+        assert cache.gets(ENTRY.nar_path) == 1
 
 
 async def test_a_disk_that_keeps_nothing_still_passes_on(

@@ -114,7 +114,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
     """``--help`` says what there is, on stdout, and is no failure."""
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("serve", "check-config", "version"):
+    for command in ("serve", "check-config", "--version"):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE), done.stdout
 
 
@@ -134,8 +134,8 @@ def test_without_a_command_it_says_how_it_is_used(tmp_path: Path) -> None:
 
 
 def test_version_is_the_packages(tmp_path: Path) -> None:
-    """``version`` prints the version and nothing else."""
-    done = run("version", cwd=tmp_path)
+    """``--version`` prints the version and nothing else."""
+    done = run("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
 
 
@@ -144,7 +144,7 @@ def test_the_installed_command_is_the_same() -> None:
     script = Path(sys.executable).with_name("nix-cache-proxy")
     require_tool(str(script))
     done = subprocess.run(
-        [script, "version"], capture_output=True, text=True, check=True, timeout=30
+        [script, "--version"], capture_output=True, text=True, check=True, timeout=30
     )
     assert done.stdout == f"{__version__}\n"
 
@@ -157,7 +157,7 @@ def test_the_installed_command_is_the_same() -> None:
         (["serve", "--listen"], "--listen"),
         (["serve", "now"], "now"),
         (["sevre"], "sevre"),
-        (["version", "--short"], "--short"),
+        (["--version", "--short"], "--short"),
     ],
     ids=["option", "near-option", "no-value", "argument", "command", "version"],
 )
@@ -211,7 +211,6 @@ def test_check_config_says_what_a_file_amounts_to(
     assert (done.returncode, done.stderr) == (0, "")
     for word in ("127.0.0.1:1234", "[::1]:1234", str(store), "one https://one.example"):
         assert word in done.stdout
-    assert "prefetch.nars" in done.stdout
     assert not store.exists()
 
 
@@ -361,13 +360,6 @@ def test_no_network_at_all_is_no_reason_not_to_serve(
     assert time.monotonic() - began < 9
     assert unix_get(listen, "/nix-cache-info")[0] == 200
     assert proxy.stop() == 0
-
-
-def test_keys_without_effect_are_warned_about(daemon: RunDaemon) -> None:
-    """A key that is read and changes nothing yet is named in the log when the daemon starts."""
-    proxy = daemon(config='[prefetch]\nnars = "off"')
-    warned = [line for line in proxy.log if line.get("key") == "prefetch.nars"]
-    assert [line["level"] for line in warned] == ["warning"]
 
 
 def test_logs_are_json_where_there_is_no_terminal(daemon: RunDaemon, tmp_path: Path) -> None:

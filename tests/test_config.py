@@ -88,9 +88,8 @@ def test_defaults() -> None:
             ),
         ),
         policy=PolicyConfig(upstream_down="not-found", negative_ttl=60.0, lookup_budget=8.0),
-        prefetch=PrefetchConfig(narinfos=True, nars="wanted", budget=64 * 2**20),
+        prefetch=PrefetchConfig(narinfos=False, nars="off", budget=64 * 2**20),
         log=LogConfig(level="info", format="auto"),
-        not_in_force=(),
     )
 
 
@@ -106,7 +105,7 @@ def test_everything_can_be_set() -> None:
         store = {{ path = "/srv/nix", max_size = 0, min_free = "10GB" }}
         trust.keys = ["{OFFICE_KEY}"]
         policy = {{ upstream_down = "error", negative_ttl = "500ms", lookup_budget = 1.5 }}
-        prefetch = {{ narinfos = false, nars = "off", budget = 1024 }}
+        prefetch = {{ narinfos = true, nars = "wanted", budget = 1024 }}
         log = {{ level = "debug", format = "json" }}
     """)
 
@@ -114,7 +113,7 @@ def test_everything_can_be_set() -> None:
     assert config.store == StoreConfig(Path("/srv/nix"), 0, 10 * 10**9)
     assert config.trust == TrustConfig((PublicKey.parse(OFFICE_KEY),))
     assert config.policy == PolicyConfig("error", 0.5, 1.5)
-    assert config.prefetch == PrefetchConfig(narinfos=False, nars="off", budget=1024)
+    assert config.prefetch == PrefetchConfig(narinfos=True, nars="wanted", budget=1024)
     assert config.log == LogConfig("debug", "json")
 
 
@@ -354,17 +353,14 @@ def test_a_key_given_twice_counts_once() -> None:
     assert [key.name for key in config.trust.keys] == ["office-1", "cache.nixos.org-1"]
 
 
-@pytest.mark.parametrize(
-    ("text", "keys"),
-    [
-        ("[prefetch]", ()),
-        ('[prefetch]\nnars = "wanted"\nnarinfos = true', ("prefetch.nars", "prefetch.narinfos")),
-        ('prefetch.budget = "1GiB"', ("prefetch.budget",)),
-    ],
-)
-def test_what_is_not_in_force_is_told(text: str, keys: tuple[str, ...]) -> None:
-    """Keys that were set and have no effect yet can be named at start."""
-    assert read(text).not_in_force == keys
+def test_the_look_ahead_can_be_turned_on_in_parts() -> None:
+    """A key of [prefetch] that is set leaves the others as they are."""
+    default = read("[prefetch]").prefetch
+
+    assert default == PrefetchConfig(narinfos=False, nars="off", budget=64 * 2**20)
+    assert read("prefetch.narinfos = true").prefetch == replace(default, narinfos=True)
+    assert read('prefetch.nars = "wanted"').prefetch == replace(default, nars="wanted")
+    assert read('prefetch.budget = "1GiB"').prefetch == replace(default, budget=2**30)
 
 
 # What flags change

@@ -72,10 +72,10 @@ def test_example_names_every_key() -> None:
 
 
 def test_example_sets_every_key_that_has_a_default() -> None:
-    """What is commented out belongs to [[upstream]], or is not in force yet."""
+    """Only what belongs to an [[upstream]] is commented out: it has no default for all of them."""
     unset = set(_all_keys(Document)) - _keys_in(EXAMPLE.read_text())
 
-    assert {key.partition(".")[0] for key in unset} == {"upstream", "prefetch"}
+    assert {key.partition(".")[0] for key in unset} == {"upstream"}
 
 
 @pytest.mark.parametrize("number", COMMENTED_OUT, ids=lambda number: LINES[number])
@@ -83,14 +83,12 @@ def test_commented_out_lines_are_right(number: int, environ: dict[str, str]) -> 
     """A line can be used by removing its ``#``; it is the default unless it says "example"."""
     config, defaults = parse(_with(number), EXAMPLE.name, environ=environ), load(EXAMPLE)
 
-    same = replace(config, not_in_force=()) == defaults
-    assert same != _is_example(number)
+    assert (config == defaults) != _is_example(number)
 
 
-def test_what_is_not_in_force_is_not_set() -> None:
-    """Nobody is warned about keys that only the example has set."""
-    assert load(EXAMPLE).not_in_force == ()
-    assert "without effect in this version" in _comments_of("[prefetch]")
+def test_nothing_is_said_to_be_without_effect() -> None:
+    """All that can be set does something, so no comment says that it does not."""
+    assert not re.search("without effect|not in force|no effect", EXAMPLE.read_text())
 
 
 def test_every_value_of_the_program_comes_from_a_key() -> None:

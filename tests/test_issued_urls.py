@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.events import Published, Rejected
+from proxy.events import Published, Rejected, UpstreamAnswered
 from proxy.nix.store_path import parse_hash_part
 from proxy.upstream.credentials import Credentials, basic, bearer
 from tests.blobs import EXTENSIONS, Blob
@@ -432,6 +432,29 @@ async def test_a_foreign_url_is_looked_for_everywhere(
     async with proxy_of(tmp_path, first, cache) as proxy:
         answer = await proxy.pull(ENTRY.nar_path)
         assert (answer.body, answer.headers["X-Upstream"]) == (FILE, "up1")
+
+
+async def test_the_preferred_upstream_serves_a_foreign_url(
+    cache: BinaryCacheSimulator, sim: StartSimulator, tmp_path: Path
+) -> None:
+    """What a less preferred upstream began to send is let go, and its connections stay usable."""
+    other = await sim(ENTRY)
+    async with proxy_of(tmp_path, cache, other) as proxy:
+
+        def has_other_answered() -> bool:
+            return any(event.upstream == "up1" for event in proxy.observed(UpstreamAnswered))
+
+        for _ in range(40):  # more than an upstream's connections
+            gate = Gate(after=None)
+            cache.heal()
+            cache.fault(ENTRY.nar_path, gate)
+            proxy.events.clear()
+            asking = asyncio.create_task(proxy.pull(ENTRY.nar_path))
+            await proxy.until(has_other_answered)
+            gate.open()
+            answer = await asking
+            assert (answer.body, answer.headers["X-Upstream"]) == (FILE, "up0")
+            await proxy.idle()
 
 
 async def test_a_foreign_url_leaves_what_is_known_alone(

@@ -64,15 +64,73 @@ def test_dropping_what_is_not_there() -> None:
     assert len(recent) == 0
 
 
+def test_what_is_dropped_is_told() -> None:
+    """Whoever holds something for a thing learns when it is kept no longer, for whatever reason."""
+    told: list[str] = []
+    recent: Recent[str, str] = Recent(2, told.append)
+    recent.put("a", "first")
+    recent.put("b", "second")
+    assert told == []
+    recent.put("c", "third")
+    assert told == ["first"]
+    recent.put("b", "fourth")
+    assert told == ["first", "second"]
+    recent.drop("c")
+    recent.drop("c")
+    assert told == ["first", "second", "third"]
+    recent.clear()
+    recent.clear()
+    assert told == ["first", "second", "third", "fourth"]
+
+
+def test_looking_at_all_is_no_use() -> None:
+    """Who looks at everything does not change what is the least recent."""
+    recent: Recent[str, int] = Recent(2)
+    recent.put("a", 1)
+    recent.put("b", 2)
+    assert recent.get("a") == 1
+    assert sorted(recent.values()) == [1, 2]
+    recent.put("c", 3)
+    assert sorted(recent.values()) == [1, 3]
+
+
+def test_weights() -> None:
+    """Things can count for more than one, and what is dropped counts no longer."""
+    told: list[str] = []
+    recent: Recent[str, str] = Recent(10, told.append, weigh=len)
+    recent.put("a", "xxxx")
+    recent.put("b", "yyyy")
+    recent.put("c", "zz")
+    assert told == []
+    recent.put("d", "wwwww")
+    assert told == ["xxxx", "yyyy"]
+    recent.put("d", "w")
+    recent.put("e", "v" * 7)
+    assert sorted(recent.values()) == ["v" * 7, "w", "zz"]
+
+
+def test_too_heavy() -> None:
+    """What is heavier than all that may be kept is not kept."""
+    told: list[str] = []
+    recent: Recent[str, str] = Recent(3, told.append, weigh=len)
+    recent.put("a", "xxxx")
+    assert (len(recent), told) == (0, ["xxxx"])
+    recent.put("b", "yyy")
+    assert recent.get("b") == "yyy"
+
+
 @given(most=st.integers(1, 5), steps=STEPS)
 def test_against_a_model(most: int, steps: list[tuple[str, int]]) -> None:
-    """Whatever is done, it holds the things used last, and never more than allowed."""
-    recent: Recent[int, int] = Recent(most)
+    """Whatever is done, it holds the things used last, never more than allowed, and tells what goes."""
+    told: list[int] = []
+    put: list[int] = []
+    recent: Recent[int, int] = Recent(most, told.append)
     model: OrderedDict[int, int] = OrderedDict()
     for number, (step, key) in enumerate(steps):
         match step:
             case "put":
                 recent.put(key, number)
+                put.append(number)
                 model.pop(key, None)
                 model[key] = number
                 while len(model) > most:
@@ -88,4 +146,6 @@ def test_against_a_model(most: int, steps: list[tuple[str, int]]) -> None:
                 recent.clear()
                 model.clear()
         assert len(recent) == len(model) <= most
+        assert sorted(recent.values()) == sorted(model.values())
+        assert sorted([*told, *model.values()]) == put  # each thing once
     assert {key: recent.get(key) for key in range(9) if recent.get(key) is not None} == model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -13,20 +14,27 @@ from proxy.errors import ConfigError, ProxyError
 
 app = typer.Typer(
     name="nix-cache-proxy",
-    help="A pull-through proxy for Nix binary caches that verifies what it keeps.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(serve)
+app.command(short_help="Run the daemon in the foreground.")(serve)
 app.command()(check_config)
 
 
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """A pull-through proxy for Nix binary caches that verifies what it keeps."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 def main() -> None:

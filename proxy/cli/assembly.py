@@ -22,6 +22,7 @@ from proxy.events import Observer
 from proxy.failover import Failover, Source
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.signature import Keyring
+from proxy.prefetch import LookAhead
 from proxy.upstream.credentials import Credentials, anonymous, basic, bearer, from_netrc
 from proxy.upstream.remote import Upstream
 
@@ -50,6 +51,16 @@ async def failover(config: Config, observer: Observer) -> Failover:
         budget=config.policy.lookup_budget,
         observer=observer,
         keyring=Keyring(config.trust.keys),
+    )
+
+
+def look_ahead(config: Config) -> LookAhead:
+    """What may be done ahead of clients."""
+    return LookAhead(
+        narinfos=config.prefetch.narinfos,
+        nars=config.prefetch.nars == "wanted",
+        budget=config.prefetch.budget,
+        connections=min((each.max_connections for each in config.upstreams), default=1),
     )
 
 

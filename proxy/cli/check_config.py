@@ -16,5 +16,3 @@ def check_config(config: ConfigFile = None) -> None:
     typer.echo(f"store     {checked.store.path}")
     for upstream in checked.upstreams:
         typer.echo(f"upstream  {upstream.name} {upstream.url}")
-    for key in checked.not_in_force:
-        typer.echo(f"note      {key} is read, and nothing acts on it yet")

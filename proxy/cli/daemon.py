@@ -19,6 +19,7 @@ from proxy.errors import ConfigError, ListenError
 from proxy.events import ConfigReloaded, Event, Fault
 from proxy.failover import Failover
 from proxy.metrics import Metrics
+from proxy.prefetch import Prefetch
 from proxy.server.app import Server
 from proxy.server.listening import Address, listening
 from proxy.server.page import Facts
@@ -40,6 +41,8 @@ class Daemon:
         self._metrics = Metrics([upstream.name for upstream in config.upstreams])
         self._log = EventLog()
         self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._retiring: set[asyncio.Task[None]] = set()
         self._hang_up = asyncio.Event()
 
     async def run(self) -> None:
@@ -53,12 +56,16 @@ class Daemon:
         asyncio.get_running_loop().set_exception_handler(self._on_fault)
         self._obey_signals()
         _raise_file_limit()
-        for key in self._config.not_in_force:
-            log.warning("the configuration has a key on which nothing acts yet", key=key)
-        async with self._store() as store, self._cache(store) as cache:
-            server = self._server(store, cache)
+        async with (
+            self._store() as store,
+            self._cache(store) as cache,
+            self._prefetch(cache) as prefetch,
+        ):
+            server = self._server(store, cache, prefetch)
             timeout = self._config.server.shutdown_timeout
-            async with listening(server, self._addresses(), shutdown_timeout=timeout) as addresses:
+            async with listening(
+                server, self._addresses(), shutdown_timeout=timeout, hurry=self._hurry
+            ) as addresses:
                 log.info(
                     "ready", version=__version__, listen=addresses, store=str(store.layout.root)
                 )
@@ -78,8 +85,14 @@ class Daemon:
     def _obey_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+            loop.add_signal_handler(number, self._on_stop)
         loop.add_signal_handler(signal.SIGHUP, self._hang_up.set)
+
+    def _on_stop(self) -> None:
+        """Stop; whoever asks a second time does not want to wait."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
 
     @contextlib.asynccontextmanager
     async def _store(self) -> AsyncIterator[Store]:
@@ -111,11 +124,26 @@ class Daemon:
             yield cache
         finally:
             await cache.close()
+            await asyncio.gather(*self._retiring)
             await _close(self._failover)
 
-    def _server(self, store: Store, cache: Cache) -> Server:
+    @contextlib.asynccontextmanager
+    async def _prefetch(self, cache: Cache) -> AsyncIterator[Prefetch]:
+        prefetch = Prefetch(cache, assembly.look_ahead(self._config))
+        self._metrics.gauge(
+            "prefetched_unasked_bytes",
+            "Bytes fetched ahead of clients that none has asked for.",
+            lambda: cache.ahead_unasked,
+        )
+        try:
+            yield prefetch
+        finally:
+            await prefetch.close()
+
+    def _server(self, store: Store, cache: Cache, prefetch: Prefetch) -> Server:
         server = Server(
             cache,
+            prefetch=prefetch,
             cache_info=assembly.cache_info(self._config),
             observer=self._observe,
             facts=lambda: self._facts(store),
@@ -156,7 +184,7 @@ class Daemon:
                 systemd.notify_reloading()
                 await self._reload(server, cache)
                 systemd.notify("READY=1")
-        log.info("stopping")
+        log.info("stopping", transfers_may_take=f"{self._config.server.shutdown_timeout:g} s")
         systemd.notify("STOPPING=1")
 
     async def _reload(self, server: Server, cache: Cache) -> None:
@@ -173,13 +201,17 @@ class Daemon:
         retired, self._failover, self._config = self._failover, failover, config
         server.strict = config.policy.upstream_down == "error"
         cache.use(failover, negative_ttl=config.policy.negative_ttl)
-        self._retiring = asyncio.create_task(_retire(retired, cache))
+        server.lane.forget_nars()
+        server.prefetch.configure(assembly.look_ahead(config))
+        retiring = asyncio.create_task(_retire(retired, cache))
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
         self._observe(ConfigReloaded(None))
 
 
 async def _retire(failover: Failover, cache: Cache) -> None:
     """Close upstreams once nobody uses them: neither who asked them, nor what came of that."""
-    for _ in range(2):
+    for _ in range(2):  # who asked, and the fetches that they started
         if tasks := cache.tasks:
             await asyncio.wait(tasks)
     await _close(failover)

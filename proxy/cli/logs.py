@@ -6,6 +6,7 @@ an upstream is debug, because there are thousands of them a second.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from dataclasses import asdict
@@ -18,6 +19,8 @@ from proxy.events import (
     ConfigReloaded,
     Event,
     Evicted,
+    FastlaneClosed,
+    FastlaneServed,
     Fault,
     FetchEnded,
     FetchStarted,
@@ -45,11 +48,11 @@ def set_up_logs(config: LogConfig) -> None:
             *(
                 (_printable, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
                 if for_people
-                else (structlog.processors.JSONRenderer(),)
+                else (_named_first, structlog.processors.JSONRenderer())
             ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(_Stderr()),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
     # aiohttp reports what clients drop or garble with a traceback each; events tell it all.
@@ -65,8 +68,28 @@ def _printable(
     }
 
 
+def _named_first(
+    _logger: object, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Put first what a line is about."""
+    first = {name: event.pop(name) for name in ("timestamp", "level", "event") if name in event}
+    return {**first, **event}
+
+
 def _escaped(text: str) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+class _Stderr:
+    """Standard error, of which nobody may depend: not when it is closed, not when its disk is full."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
 
 
 _NAMES = {
@@ -74,6 +97,7 @@ _NAMES = {
     Published: "stored",
     Evicted: "evicted",
     RequestServed: "request",
+    FastlaneServed: "requests",
 }
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -94,6 +118,8 @@ class EventLog:
                 log.warning("refused", upstream=upstream, what=what, kind=kind, reason=reason)
             case StoreFailed(what, reason):
                 log.error("the store failed", what=what, reason=reason)
+            case FastlaneClosed(reason):
+                log.warning("the fast lane is closed", reason=reason)
             case NotDecoded(what, compression):
                 log.warning("verified by FileHash alone", what=what, compression=compression)
             case Fault(where, trace):
@@ -102,7 +128,7 @@ class EventLog:
                 _log_fetch(event)
             case ConfigReloaded():
                 _log_reload(event)
-            case FetchStarted() | Published() | Evicted() | RequestServed():
+            case FetchStarted() | Published() | Evicted() | RequestServed() | FastlaneServed():
                 log.debug(_NAMES[type(event)], **asdict(event))
 
     def _upstream_answered(self, event: UpstreamAnswered) -> None:

@@ -10,7 +10,8 @@ import typer
 from proxy.config import Config, load
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="The configuration file (TOML).")
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="The configuration file (TOML). Default: none."),
 ]
 Listen = Annotated[
     list[str] | None,
@@ -21,7 +22,12 @@ Listen = Annotated[
     ),
 ]
 StorePath = Annotated[
-    str | None, typer.Option("--store", metavar="DIR", help="Where what is fetched is kept.")
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        help="Where what is fetched is kept. Default ~/.cache/nix-cache-proxy.",
+    ),
 ]
 Upstreams = Annotated[
     list[str] | None,

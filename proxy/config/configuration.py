@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from proxy.config.document import read_tables, read_toml
 from proxy.config.paths import expand
@@ -31,9 +30,6 @@ from proxy.config.source import Source
 from proxy.config.upstreams import UpstreamConfig, read_upstreams, upstream_tables
 from proxy.errors import ConfigError
 
-_NOT_IN_FORCE = ("prefetch",)
-"""Tables that are read and checked, and that nothing acts on yet."""
-
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -47,7 +43,6 @@ class Config:
         policy: What to do when upstreams do not answer.
         prefetch: What to fetch ahead of clients.
         log: What is logged.
-        not_in_force: The keys (``"prefetch.nars"``) that were set and that change nothing yet.
     """
 
     server: ServerConfig
@@ -57,7 +52,6 @@ class Config:
     policy: PolicyConfig
     prefetch: PrefetchConfig
     log: LogConfig
-    not_in_force: tuple[str, ...]
 
     def with_overrides(
         self,
@@ -148,12 +142,7 @@ def _read(text: str, source: Source) -> Config:
         policy=read_policy(tables.policy, source),
         prefetch=read_prefetch(tables.prefetch, source),
         log=read_log(tables.log),
-        not_in_force=_not_in_force(toml),
     )
-
-
-def _not_in_force(toml: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{table}.{key}" for table in _NOT_IN_FORCE for key in toml.get(table, ()))
 
 
 def _flag(name: str, environ: Mapping[str, str]) -> Source:

@@ -87,8 +87,8 @@ class PolicyTable(Table, frozen=True):
 class PrefetchTable(Table, frozen=True):
     """``[prefetch]``."""
 
-    narinfos: bool = True
-    nars: PrefetchNars = "wanted"
+    narinfos: bool = False
+    nars: PrefetchNars = "off"
     budget: object = "64MiB"
 
 

@@ -17,20 +17,21 @@ from typing import Literal
 from aiohttp import HttpVersion11, web
 
 from proxy import errors
-from proxy.cache import Cache, Content
+from proxy.answers import Content
+from proxy.cache import Cache
 from proxy.errors import ProxyError, RangeError, StoreError
 from proxy.events import Fault, Observer, RequestServed, Result
 from proxy.fetch import Reader
 from proxy.nix import resource
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.resource import CacheInfoFile, ForeignNar, NarFile, NarinfoFile, SideFile
+from proxy.prefetch import Prefetch
 from proxy.server.body import ClientGoneError, Delivery
+from proxy.server.connection import Connection
+from proxy.server.fastlane import FastLane
+from proxy.server.headers import NAR_TYPE, SOFTWARE, file_headers, narinfo_headers
 from proxy.server.page import Facts, render
 from proxy.server.ranges import ByteRange, Span
-
-SOFTWARE = "nix-cache-proxy"
-
-NAR_TYPE = "application/x-nix-nar"
 
 NOT_HERE = 404
 NEVER = 500
@@ -75,6 +76,7 @@ class Server:
 
     Args:
         cache: Where answers come from.
+        prefetch: Told what clients ask for.
         cache_info: What ``nix-cache-info`` says.
         observer: Told of every answer.
         facts: What the page says.
@@ -86,6 +88,7 @@ class Server:
         self,
         cache: Cache,
         *,
+        prefetch: Prefetch,
         cache_info: CacheInfo,
         observer: Observer,
         facts: Callable[[], Facts],
@@ -94,7 +97,9 @@ class Server:
     ) -> None:
         self._cache = cache
         self._cache_info = cache_info.format()
-        self._observer = observer
+        self.observer = observer
+        self.prefetch = prefetch
+        self.lane = FastLane(cache, observer, prefetch)
         self._facts = facts
         self._metrics = metrics
         self._check_ready = check_ready
@@ -112,7 +117,7 @@ class Server:
         except ProxyError as error:
             response = self._refusal(error)
         except Exception:  # noqa: BLE001  # a fault of ours has to be found, and must not stop Nix
-            self._observer(Fault(f"{request.method} {request.raw_path}", traceback.format_exc()))
+            self.observer(Fault(f"{request.method} {request.raw_path}", traceback.format_exc()))
             status = NOT_HERE if outcome.route in READ_ROUTES else NEVER
             response = _text(status, "something went wrong")
         if not response.prepared:
@@ -121,7 +126,7 @@ class Server:
                 response.force_close()
         if isinstance(response, web.Response) and request.method != "HEAD":
             outcome.body_bytes = len(response.body) if isinstance(response.body, bytes) else 0
-        self._observer(
+        self.observer(
             RequestServed(
                 route=outcome.route,
                 method=request.method,
@@ -137,7 +142,7 @@ class Server:
     def refuse(self, status: int) -> web.Response:
         """Answer what never became a request: no HTTP, or too much of it."""
         words = "this is not an HTTP request" if status < NEVER else "something went wrong"
-        self._observer(
+        self.observer(
             RequestServed("other", "other", status, "", len(words), complete=True, seconds=0.0)
         )
         response = _text(status, words, {"Server": SOFTWARE})
@@ -159,6 +164,7 @@ class Server:
                 return self._page(request)
             case "/metrics":
                 outcome.route = "metrics"
+                self.lane.flush()
                 body, content_type = self._metrics()
                 return web.Response(body=body, headers={"Content-Type": content_type})
             case "/healthz":
@@ -182,15 +188,17 @@ class Server:
                 outcome.route = "narinfo"
                 text = await self._cache.narinfo(hash_part)
                 outcome.result = text.result
-                return web.Response(
-                    body=text.body,
-                    content_type="text/x-nix-narinfo",
-                    headers=_provenance(text.result, text.upstream),
-                )
+                self.prefetch.asked_narinfo(_client_of(request), text.known)
+                headers = narinfo_headers(text.result, text.upstream)
+                return web.Response(body=text.body, headers=headers)
             case NarFile(name):
                 outcome.route = "nar"
-                find = self._cache.nar_head if is_head else self._cache.nar
-                return await self._deliver(request, outcome, await find(name), NAR_TYPE, wanted)
+                if not is_head:
+                    self.prefetch.asked_nar(_client_of(request))
+                nar = await (self._cache.nar_head(name) if is_head else self._cache.nar(name))
+                with nar:
+                    self.lane.keep_open(request.raw_path, name, nar)
+                    return await self._deliver(request, outcome, nar, NAR_TYPE, wanted)
             case ForeignNar(reference):
                 outcome.route = "nar"
                 pass_on = self._cache.foreign_nar_head if is_head else self._cache.foreign_nar
@@ -212,16 +220,10 @@ class Server:
         """Send a file, or the wanted part of it, or only its headers."""
         with content:
             outcome.result = content.result
-            headers = {
-                "Content-Type": content_type,
-                "Accept-Ranges": "bytes",
-                "Server": SOFTWARE,
-            }
-            if content.etag is not None:
-                headers["ETag"] = content.etag
-            response = web.StreamResponse(
-                headers={**headers, **_provenance(content.result, content.upstream)}
-            )
+            headers = file_headers(content_type, content.etag, content.result, content.upstream)
+            response = web.StreamResponse(headers=headers)
+            if self.draining:
+                response.force_close()
             if request.headers.get("If-Range", content.etag) != content.etag:
                 wanted = None  # the client has a part of something else
             if isinstance(content.file, Reader) and (
@@ -295,8 +297,10 @@ def _span(response: web.StreamResponse, wanted: ByteRange | None, size: int | No
     return span
 
 
-def _provenance(result: Result, upstream: str) -> dict[str, str]:
-    return {"X-Cache": result, "X-Upstream": upstream} if upstream else {"X-Cache": result}
+def _client_of(request: web.BaseRequest) -> str:
+    """Name the client as its connection does."""
+    protocol = request.protocol
+    return protocol.client if isinstance(protocol, Connection) else ""
 
 
 def _text(status: int, text: str, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -21,7 +21,7 @@ from aiohttp.abc import AbstractStreamWriter
 from proxy.errors import StoreError
 from proxy.fetch import Reader
 from proxy.server.ranges import Span
-from proxy.store.files import OpenFile
+from proxy.store.files import OpenFile, disk
 
 WINDOW = 2**20
 """Bytes for one client in one turn of the event loop."""
@@ -85,7 +85,10 @@ class Delivery:
     async def _copy_all(self, fd: int) -> None:
         """Send a file whose size nobody knows, in chunks of HTTP."""
         while (end := await self._file.wait_beyond(self.sent)) > self.sent:
-            piece = os.pread(fd, min(PIECE, end - self.sent), self.sent)
+            with disk("cannot read"):
+                piece = os.pread(fd, min(PIECE, end - self.sent), self.sent)
+            if not piece:
+                raise _too_short(self.sent, end)
             async with _gone_if_stalled():
                 await self._response.write(piece)
             self.sent += len(piece)
@@ -93,9 +96,8 @@ class Delivery:
     async def _sendfile(
         self, fd: int, span: Span, transport: asyncio.Transport, writer: AbstractStreamWriter
     ) -> None:
-        transport.set_write_buffer_limits(high=0)  # so that a drained transport is an empty one
         async with _gone_if_stalled():
-            await writer.drain()
+            await writer.drain()  # to the last byte: `connection` has set the limit to 0
         with _duplicate_of(transport) as socket:
             position = span.start
             while position < span.stop:
@@ -104,6 +106,8 @@ class Delivery:
                     count = await _send_some(socket, fd, position, end - position)
                     position += count
                     self.sent += count
+                    if position < span.stop:
+                        await asyncio.sleep(0)  # the others' turn
 
 
 async def _send_some(socket: int, fd: int, position: int, count: int) -> int:
@@ -115,9 +119,12 @@ async def _send_some(socket: int, fd: int, position: int, count: int) -> int:
             await _writable(socket)
             continue
         if sent == 0:
-            raise StoreError(f"a file ends at {position}, where {count} more bytes should be")
-        await asyncio.sleep(0)  # the others' turn
+            raise _too_short(position, position + count)
         return sent
+
+
+def _too_short(position: int, end: int) -> StoreError:
+    return StoreError(f"a file ends at {position}, and should go on to {end}")
 
 
 async def _writable(socket: int) -> None:

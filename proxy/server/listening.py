@@ -7,18 +7,21 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
 from proxy.errors import ListenError
+from proxy.events import FastlaneClosed
 from proxy.server.app import Server
+from proxy.server.connection import Server as ConnectionServer
+from proxy.server.connection import missing_slots
+from proxy.server.fastlane import FastLane
 
-KEEPALIVE = 120.0
-"""Seconds that an idle connection is kept: longer than Nix keeps it (curl: 118 s), so that Nix never
-sends a request into a connection that is being closed. Also the deadline for a request's headers."""
+FLUSH_INTERVAL = 10.0
+"""Seconds between two accounts of what the fast lane did."""
 
 LINGER = 0.2
 """Seconds between the last connection accepted and the first closed: a request may be on its way."""
@@ -29,21 +32,27 @@ Address = tuple[str, int] | Path | socket.socket
 
 @contextlib.asynccontextmanager
 async def listening(
-    server: Server, addresses: Sequence[Address], *, shutdown_timeout: float
+    server: Server,
+    addresses: Sequence[Address],
+    *,
+    shutdown_timeout: float,
+    hurry: asyncio.Event | None = None,
+    linger: float = LINGER,
 ) -> AsyncIterator[list[str]]:
     """Serve on addresses, and yield them as they turned out to be: ports that were 0 have a number.
 
     At the end no more connections are accepted, requests under way get ``shutdown_timeout`` seconds to
-    complete, and what is not complete by then is cut off.
+    complete, or until ``hurry`` is set, and what is not complete by then is cut off.
 
     Raises:
         ListenError: An address cannot be listened on.
     """
     runner = web.ServerRunner(
-        _Server(server),
+        _connections(server),
         shutdown_timeout=shutdown_timeout / 2,  # aiohttp waits it twice: to end, and once cancelled
     )
     await runner.setup()
+    flushing = asyncio.create_task(_flush(server.lane))
     try:
         for address in addresses:
             site = _site(runner, address)
@@ -51,58 +60,46 @@ async def listening(
                 _refuse_if_in_use(address)
                 await site.start()
             except OSError as error:
-                reason = error.strerror or str(error)
+                reason = os.strerror(error.errno) if error.errno else str(error)
                 raise ListenError(f"cannot listen on {_text(address)}: {reason}") from error
         yield [_text(address) for address in runner.addresses]
     finally:
         server.draining = True
+        server.lane.open = False
         for site in tuple(runner.sites):
             await site.stop()
-        await asyncio.sleep(LINGER)
-        await runner.cleanup()
+        await asyncio.sleep(linger)
+        await _unless(hurry, runner.cleanup())
+        flushing.cancel()
+        server.lane.close()
 
 
-class _Server(web.Server):
-    """aiohttp's server, with another kind of connection."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(server.handle)
-        self._refuse = server.refuse
-
-    def __call__(self) -> web.RequestHandler:
-        loop = asyncio.get_running_loop()
-        return _Connection(
-            self,
-            loop=loop,
-            keepalive_timeout=KEEPALIVE,
-            access_log=None,
-            refuse=self._refuse,
-        )
+def _connections(server: Server) -> ConnectionServer:
+    """Make what makes connections, with the fast lane if this aiohttp is one that we know."""
+    missing = missing_slots()
+    if missing:
+        server.observer(FastlaneClosed(f"aiohttp has no {', '.join(missing)}"))
+    lane = None if missing else server.lane
+    return ConnectionServer(
+        server.handle, refuse=server.refuse, prefetch=server.prefetch, lane=lane
+    )
 
 
-class _Connection(web.RequestHandler):
-    """A connection that answers what is no HTTP in words of ours.
+async def _unless(hurry: asyncio.Event | None, work: Coroutine[Any, Any, None]) -> None:
+    """Do some work, or give it up when somebody is in a hurry."""
+    task = asyncio.ensure_future(work)
+    waiting = asyncio.ensure_future((hurry or asyncio.Event()).wait())
+    await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+    for each in (task, waiting):
+        each.cancel()
+    await asyncio.gather(task, waiting, return_exceptions=True)
 
-    aiohttp's own answer repeats what the client sent, and names the software that runs here.
-    """
 
-    __slots__ = ("_refuse",)
-
-    def __init__(
-        self, manager: web.Server, *, refuse: Callable[[int], web.Response], **options: Any
-    ) -> None:
-        super().__init__(manager, **options)
-        self._refuse = refuse
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        del request, exc, message
-        return self._refuse(status)
+async def _flush(lane: FastLane) -> None:
+    """Tell now and then what the fast lane answered, also when nobody looks at the metrics."""
+    while True:
+        await asyncio.sleep(FLUSH_INTERVAL)
+        lane.flush()
 
 
 def _refuse_if_in_use(address: Address) -> None:

@@ -51,6 +51,12 @@ def excess(limits: Limits, *, used: int, free: int) -> int:
     return max(0, over_size, limits.min_free - free)
 
 
+def room(limits: Limits, *, used: int, free: int) -> int:
+    """Return how many bytes can be kept before `excess` wants anything back."""
+    over_size = int(limits.max_size * HIGH) - used if limits.max_size else free
+    return max(0, min(over_size, free - limits.min_free))
+
+
 def choose(oldest_first: Iterable[Candidate], wanted: int) -> list[Candidate]:
     """Return the first candidates whose sizes together reach ``wanted`` bytes."""
     chosen: list[Candidate] = []

@@ -73,6 +73,11 @@ class Store:
         """Bytes and paths in the store; grows while a scan after an unclean stop goes on."""
         return self._index.totals
 
+    @property
+    def room(self) -> int:
+        """Bytes that can be kept before anything has to be evicted."""
+        return self._index.room
+
     def check_writable(self) -> None:
         """Write and remove a small file, which takes room.
 
@@ -137,6 +142,10 @@ class Store:
         """Tell whether a path is here whole: its NAR, and the narinfo that is published after it."""
         return self.layout.narinfo(hash_part).exists()
 
+    def used(self, name: NarName) -> None:
+        """Note that a NAR was used by somebody who had it open already."""
+        self._index.used(self.layout.nar(name))
+
     def has_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is here."""
         return self.layout.nar(name).exists()
@@ -185,15 +194,19 @@ class Store:
             self._index.added(nar, origin)  # it takes room, if it was renamed before that
             raise
 
-    async def publish_narinfo(self, hash_part: HashPart, narinfo: bytes, *, origin: str) -> None:
+    async def publish_narinfo(self, name: NarName, narinfo: bytes, *, origin: str) -> None:
         """Give a verified narinfo its final name, durably; its NAR has its own already.
 
         Raises:
             StoreError: The disk failed.
         """
-        rename = Rename(self._written(narinfo), self.layout.narinfo(hash_part))
-        superseded = (self.layout.remembered_narinfo(origin, hash_part),)
-        await self._publish(Publication((rename,), origin=origin, superseded=superseded))
+        target = self.layout.narinfo(name.hash_part)
+        superseded = (self.layout.remembered_narinfo(origin, name.hash_part),)
+        renames = (Rename(self._written(narinfo), target),)
+        await self._publish(Publication(renames, origin=origin, superseded=superseded))
+        if not self.has_nar(name):  # evicted meanwhile
+            with contextlib.suppress(OSError):
+                target.unlink()
 
     async def publish_file(self, path: str, partial: Partial, *, origin: str) -> None:
         """Give another complete file its final name, durably; takes over ``partial``.

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import os
 import queue
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,15 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proxy.store.database import Database, Totals, narinfo_of
-from proxy.store.eviction import UNLIMITED, Limits, choose, excess
+from proxy.store.eviction import UNLIMITED, Limits, choose, excess, room
 from proxy.store.layout import Layout
-from proxy.store.scan import Found, disk_usage, forget_old_narinfos, scan
+from proxy.store.scan import Found, disk_usage, forget_old_narinfos, nar_of, scan
 
 COMMIT_INTERVAL = 1.0
 """Seconds that notes wait for company before they are written in one transaction."""
 
 SLICE = 2_000
 """Files looked at in one go of a scan: a few milliseconds."""
+
+DAY = 24 * 3600.0
 
 EVICTION = 256
 """Files evicted in one go."""
@@ -77,9 +78,12 @@ class Index:
         self._on_evicted = on_evicted
         self._notes: queue.SimpleQueue[_Note | None] = queue.SimpleQueue()
         self._totals = Totals(0, 0)
+        self._room = 0
         self._scanned = threading.Event()
         self._closing = False
         self._agrees = True
+        self._evicting = False
+        self._forgot_at = -DAY
         self._thread = threading.Thread(target=self._run, name="index", daemon=True)
         self._thread.start()
 
@@ -87,6 +91,11 @@ class Index:
     def totals(self) -> Totals:
         """What is known to be there; it grows while a scan goes on."""
         return self._totals
+
+    @property
+    def room(self) -> int:
+        """Bytes that can be kept before anything has to be evicted; as of the last transaction."""
+        return self._room
 
     def wait_scanned(self, timeout: float) -> bool:
         """Block until the index is known to agree with the folder; False when time ran out first."""
@@ -113,8 +122,8 @@ class Index:
         try:
             database, agrees = Database.open(self._layout.index)
             self._keep(database, agrees=agrees)
-        except (sqlite3.Error, OSError) as error:
-            self._on_failure(str(error))
+        except Exception as error:  # noqa: BLE001  # the thread has to live: it is what evicts
+            self._on_failure(str(error) or type(error).__name__)
             if not self._closing:
                 self._scanned.clear()
                 self._keep(Database.in_memory(), agrees=False)
@@ -122,19 +131,20 @@ class Index:
     def _keep(self, database: Database, *, agrees: bool) -> None:
         """Take notes until the end, and first scan the folder unless the index agrees with it."""
         self._totals = database.totals
-        forget_old_narinfos(self._layout)
         found: Iterator[Found] = iter(())
         if agrees:
             self._scanned.set()
         else:
             database.start_over()
             found = scan(self._layout)
+        self._measure(database)
         while not self._closing:
             if not self._scanned.is_set():
                 self._scan_slice(database, found)
             self._write(database, self._gather())
             if self._scanned.is_set():
                 self._evict(database)
+                self._forget_daily()
         database.close(agrees=self._agrees and self._scanned.is_set())
 
     def _scan_slice(self, database: Database, found: Iterator[Found]) -> None:
@@ -157,7 +167,8 @@ class Index:
     def _gather(self) -> list[_Note]:
         """Collect notes for a while, or until the index is being closed."""
         notes: list[_Note] = []
-        deadline = time.monotonic() + (COMMIT_INTERVAL if self._scanned.is_set() else 0)
+        busy = self._evicting or not self._scanned.is_set()
+        deadline = time.monotonic() + (0 if busy else COMMIT_INTERVAL)
         with contextlib.suppress(queue.Empty):
             while True:
                 remaining = max(0.0, deadline - time.monotonic())
@@ -178,13 +189,8 @@ class Index:
 
     def _evict(self, database: Database) -> None:
         """Remove what was used least recently, as long as a limit is exceeded."""
-        try:
-            disk = os.statvfs(self._layout.root)
-        except OSError:  # the folder has vanished; there is nothing to evict
-            return
-        wanted = excess(
-            self._limits, used=database.totals.bytes, free=disk.f_bavail * disk.f_frsize
-        )
+        wanted = self._measure(database)
+        self._evicting = False
         if wanted == 0:
             return
         with database.transaction():
@@ -194,12 +200,38 @@ class Index:
                 except OSError as error:
                     self._on_failure(f"cannot evict {victim.name}: {error}")
                 else:
+                    self._evicting = True  # and at once again, until there is room
                     self._on_evicted(victim.name, victim.size)
         self._totals = database.totals
 
+    def _forget_daily(self) -> None:
+        if time.monotonic() - self._forgot_at > DAY:
+            self._forgot_at = time.monotonic()
+            forget_old_narinfos(self._layout)
+
+    def _measure(self, database: Database) -> int:
+        """Find out how much room there is, and return how many bytes are to be evicted."""
+        try:
+            disk = os.statvfs(self._layout.root)
+        except OSError:  # the folder has vanished; there is nothing to evict
+            self._room = 0
+            return 0
+        used, free = database.totals.bytes, disk.f_bavail * disk.f_frsize
+        self._room = room(self._limits, used=used, free=free)
+        return excess(self._limits, used=used, free=free)
+
     def _remove(self, database: Database, name: str) -> None:
         """Remove a file, and before a NAR its narinfo: without its NAR it would be a broken promise."""
-        for each in (narinfo_of(name), name):
-            if each is not None:
-                (self._layout.root / each).unlink(missing_ok=True)
-                database.remove(each)
+        narinfo = narinfo_of(name)
+        if narinfo is not None and self._leads_to(narinfo, name):
+            (self._layout.root / narinfo).unlink()
+            database.remove(narinfo)
+        (self._layout.root / name).unlink(missing_ok=True)
+        database.remove(name)
+
+    def _leads_to(self, narinfo: str, nar: str) -> bool:
+        """Tell whether a narinfo is that of a NAR, and not of the same path compressed otherwise."""
+        try:
+            return nar_of(self._layout.root / narinfo) == nar
+        except FileNotFoundError:
+            return False

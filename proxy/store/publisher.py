@@ -85,7 +85,12 @@ class Publisher:
         more = True
         while more:
             batch, more = self._gather()
-            self._publish(batch)
+            try:
+                self._publish(batch)
+            except Exception as error:  # noqa: BLE001  # the thread has to live, and nobody may wait for ever
+                for item in batch:
+                    if not item.done.done():
+                        item.done.set_exception(StoreError(f"cannot publish: {error!r}"))
 
     def _gather(self) -> tuple[list[Publication], bool]:
         """Wait for a publication, and take what else is there; False when it was the last batch."""

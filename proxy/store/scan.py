@@ -96,15 +96,27 @@ def _files_below(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _found(layout: Layout, entry: os.DirEntry[str]) -> Iterator[Found]:
-    with contextlib.suppress(FileNotFoundError):
+    # A name that is not UTF-8 is not one of ours, and no database holds it.
+    with contextlib.suppress(FileNotFoundError, UnicodeEncodeError):
         name = Path(entry.path).relative_to(layout.root).as_posix()
+        name.encode()
         status = entry.stat()
         yield Found(name, disk_usage(status), int(status.st_mtime))
 
 
+def nar_of(narinfo: Path) -> str | None:
+    """Return the name of the NAR that a narinfo of the store leads to; None when it leads nowhere.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    url = _URL.search(narinfo.read_bytes())
+    return None if url is None else os.fsdecode(url[1])
+
+
 def _has_nar(layout: Layout, narinfo: Path) -> bool:
     try:
-        url = _URL.search(narinfo.read_bytes())
+        nar = nar_of(narinfo)
     except OSError:
         return True  # unreadable is not the same as useless
-    return url is not None and (layout.root / os.fsdecode(url[1])).is_file()
+    return nar is not None and (layout.root / nar).is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 
 import aiohttp
@@ -18,6 +19,9 @@ from proxy.nix.decoders import decoder
 
 MAX_FILE = 256 * 2**20
 """Bytes of a decoded log, listing, …: nobody reads more, and a small body could unpack to anything."""
+
+DRAIN_TIMEOUT = 1.0
+"""Seconds for that; the status is known already."""
 
 MAX_DRAIN = 64 * 2**10
 """Bytes of an error's body that are read to keep its connection alive."""
@@ -46,11 +50,30 @@ class Body:
         with translated(self._upstream):
             return await self._response.content.readany()
 
+    async def read_decoded(self, limit: int) -> bytes:
+        """Read everything, undo its content coding, and return it.
+
+        Raises:
+            UpstreamProtocolError: The coding is unknown or damaged, or more than ``limit`` bytes came out.
+            UpstreamError: The connection broke, or no byte came in time.
+        """
+        pieces: list[bytes] = []
+        if _compression_of(self._response) != "identity":
+            await self.copy_decoded(pieces.append, limit=limit)
+            return b"".join(pieces)
+        total = 0
+        while data := await self.read():
+            total += len(data)
+            if total > limit:
+                raise self._too_much(limit)
+            pieces.append(data)
+        return b"".join(pieces)
+
     async def copy_decoded(self, sink: Callable[[bytes], object], *, limit: int = MAX_FILE) -> None:
         """Read everything and undo its content coding.
 
-        Decoding is done on a worker thread, because a small body can unpack to seconds of work; and
-        ``sink`` is called there with the pieces.
+        That is done on a worker thread, because a small body can unpack to seconds of work; ``sink`` is
+        called there with the pieces, and is not called any more when this has returned.
 
         Raises:
             UpstreamProtocolError: The coding is unknown or damaged, or more than ``limit`` bytes came out.
@@ -62,20 +85,19 @@ class Body:
             nonlocal total
             total += len(piece)
             if total > limit:
-                raise UpstreamProtocolError(self._upstream, f"sent more than {limit} bytes")
+                raise self._too_much(limit)
             sink(piece)
 
-        compression = _compression_of(self._response)
         try:
-            coding = decoder(compression, take)
+            coding = decoder(_compression_of(self._response), take)
             while data := await self.read():
-                if compression == "identity":
-                    coding.feed(data)
-                else:
-                    await asyncio.to_thread(coding.feed, data)
-            await asyncio.to_thread(coding.finish)
+                await _on_thread(coding.feed, data)
+            await _on_thread(coding.finish)
         except TrustError as error:
             raise UpstreamProtocolError(self._upstream, f"bad Content-Encoding: {error}") from error
+
+    def _too_much(self, limit: int) -> UpstreamProtocolError:
+        return UpstreamProtocolError(self._upstream, f"sent more than {limit} bytes")
 
 
 @contextlib.contextmanager
@@ -100,12 +122,31 @@ def translated(upstream: str) -> Iterator[None]:
         raise UpstreamProtocolError(upstream, f"not HTTP ({type(error).__name__})") from error
 
 
+def _reason(error: OSError) -> str:
+    """Say what the system says, without the addresses that asyncio puts around it."""
+    known = isinstance(error.errno, int) and error.errno > 0
+    return os.strerror(error.errno or 0).lower() if known else str(error.strerror or error)
+
+
+async def _on_thread(step: Callable[..., None], *args: object) -> None:
+    """Do a step on a worker thread, and see it end even when nobody wants it any more."""
+    job = asyncio.ensure_future(asyncio.to_thread(step, *args))
+    try:
+        await asyncio.shield(job)
+    except asyncio.CancelledError:
+        await asyncio.gather(job, return_exceptions=True)
+        raise
+
+
 async def drain(response: aiohttp.ClientResponse) -> None:
-    """Read a short body that nobody needs, so that the connection can be used again."""
-    if (response.content_length or 0) <= MAX_DRAIN:
-        for _ in range(MAX_DRAIN // 1024):
-            if not await response.content.read(1024):
-                return
+    """Read a short body that nobody needs, so that the connection can be used again; never fails."""
+    if (response.content_length or 0) > MAX_DRAIN:
+        return
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError, ValueError):
+        async with asyncio.timeout(DRAIN_TIMEOUT):
+            for _ in range(MAX_DRAIN // 1024):
+                if not await response.content.read(1024):
+                    return
 
 
 def _compression_of(response: aiohttp.ClientResponse) -> str:

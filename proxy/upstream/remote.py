@@ -49,7 +49,7 @@ MAX_NARINFO = 4 * 2**20
 READ_BUFFER = 2**18
 """Bytes that the HTTP client buffers for a connection before it stops reading from the socket."""
 
-NAR_SHARE = 0.75
+NAR_SHARE = 0.5
 """Part of an upstream's connections that NARs may take, so that a narinfo never waits for a NAR."""
 
 SLOT_TIMEOUT = 240.0
@@ -128,9 +128,7 @@ class Upstream:
             UpstreamError: Anything else went wrong.
         """
         async with self._request("GET", f"{self.url}/{hash_part}.narinfo", {}) as response:
-            pieces: list[bytes] = []
-            await Body(self.name, response).copy_decoded(pieces.append, limit=MAX_NARINFO)
-        text = b"".join(pieces)
+            text = await Body(self.name, response).read_decoded(MAX_NARINFO)
         try:
             return narinfo.parse(text), text
         except ParseError as error:
@@ -204,9 +202,9 @@ class Upstream:
             with translated(self.name):
                 async with asyncio.timeout(self._header_timeout):
                     response = await self._send(method, url, headers)
-                    if response.status != _OK:
-                        await drain(response)
             try:
+                if response.status != _OK:
+                    await drain(response)
                 if response.status not in _REDIRECTS:
                     self._check_status(response)
                     yield response

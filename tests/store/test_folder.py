@@ -140,7 +140,7 @@ async def test_narinfo_of_a_nar_that_is_there(tmp_path: Path, opened: Opened) ->
     (store.layout.nars / str(nar_name(entry))).write_bytes(bytes(entry.file))
     hash_part = HashPart(entry.hash_part)
     store.remember_narinfo("up0", hash_part, entry.narinfo())
-    await store.publish_narinfo(hash_part, narinfo_text(entry), origin="up0")
+    await store.publish_narinfo(nar_name(entry), narinfo_text(entry), origin="up0")
 
     assert store.narinfo(hash_part) == narinfo_text(entry)
     assert store.remembered_narinfo("up0", hash_part) is None
@@ -468,6 +468,7 @@ async def test_narinfo_without_room_gives_up_the_nar(tmp_path: Path, opened: Ope
         store = opened(disk)
         partial = store.partial()
         partial.append(bytes(entry.file))
+        assert store._index.wait_scanned(PATIENCE)  # and so nothing makes room any more
         filler = fill(disk)
         with pytest.raises(StoreError, match="No space left"):
             await store.publish_nar(nar_name(entry), partial, narinfo_text(entry), origin="up0")

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.store.database import Totals
+from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.index import Index
 from proxy.store.layout import Layout
 from tests.closures import nix32, sha256
@@ -54,9 +55,9 @@ class Box:
         for folder in (self.layout.nars, self.layout.root / "log", self.layout.state):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def open(self) -> Index:
+    def open(self, limits: Limits = UNLIMITED) -> Index:
         """Start the index."""
-        self.index = Index(self.layout, self.failures.append)
+        self.index = Index(self.layout, self.failures.append, limits=limits)
         return self.index
 
     def scanned(self) -> Index:
@@ -323,6 +324,7 @@ def test_index_that_lacks_something_is_rebuilt(box: Box, missing: str) -> None:
 INDEXING = """
 import sys
 from pathlib import Path
+from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.index import Index
 from proxy.store.layout import Layout
 
@@ -570,3 +572,70 @@ def test_close_at_once(box: Box, *, made: bool) -> None:
     for _ in range(20):
         box.open()
         box.close()
+
+
+# --- the room -----------------------------------------------------------------------------------
+
+
+def _eventually(condition: Callable[[], bool]) -> None:
+    """Wait until the index's thread has got so far."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_room_of_an_unlimited_store(box: Box) -> None:
+    """Without limits there is room for what the disk has."""
+    index = box.open()
+    _eventually(lambda: index.room > 0)
+    disk = os.statvfs(box.layout.root)
+    box.close()
+
+    assert 0 < index.room <= disk.f_blocks * disk.f_frsize
+
+
+def test_room_grows_and_shrinks(box: Box) -> None:
+    """Room is what is left of the size at which eviction begins; what is published takes it."""
+    limits = Limits(max_size=1_000_000)
+    index = box.open(limits)
+    _eventually(lambda: index.room == 950_000)
+    box.path(1, 300_000)
+    _eventually(lambda: index.totals.bytes > 0)
+    _eventually(lambda: index.room == 950_000 - index.totals.bytes)
+    box.close()
+
+    assert index.totals == on_disk(box.layout.root)
+
+
+def test_room_after_a_restart(box: Box) -> None:
+    """What is in the store counts from the start."""
+    box.scanned()
+    box.path(1, 300_000)
+    totals = box.close()
+    index = box.open(Limits(max_size=1_000_000))
+    _eventually(lambda: index.room > 0)
+    assert index.room == 950_000 - totals.bytes
+    box.close()
+
+
+def test_no_room_beyond_the_limits(box: Box) -> None:
+    """A store that is over its limit, or a disk with less free than it must have, has no room."""
+    box.scanned()
+    box.path(1, 300_000)
+    box.close()
+    disk = os.statvfs(box.layout.root)
+    for limits in (Limits(max_size=300_000), Limits(min_free=disk.f_blocks * disk.f_frsize)):
+        index = box.open(limits)
+        assert index.wait_scanned(PATIENCE)
+        assert index.room == 0
+        box.close()
+
+
+def test_a_folder_that_vanishes_has_no_room(box: Box) -> None:
+    """When the store is gone nothing can be kept in it."""
+    index = box.open()
+    _eventually(lambda: index.room > 0)
+    shutil.rmtree(box.layout.root)
+    _eventually(lambda: index.room == 0)
+    box.close()

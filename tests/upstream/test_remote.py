@@ -149,7 +149,7 @@ async def test_narinfos_do_not_wait_for_nars(
     """While more NARs than there are connections are stuck, narinfos are answered."""
     gate = Gate(100)
     cache = await _serving(sim, gate, path="/nar/")
-    share = max(1, connections * 3 // 4)
+    share = connections // 2
     share_taken = cache.expect("/nar/", share)
     asked = upstream(cache.url, max_connections=connections)
     async with asyncio.TaskGroup() as group:

@@ -1,0 +1,55 @@
+"""What the cache gives to whoever asks it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from proxy.events import Result
+from proxy.fetch import Reader
+from proxy.known import KnownPath
+from proxy.store.files import OpenFile
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A narinfo as it goes to a client, and where it came from."""
+
+    known: KnownPath
+    result: Result
+
+    @property
+    def body(self) -> bytes:
+        """The text."""
+        return self.known.body
+
+    @property
+    def upstream(self) -> str:
+        """The upstream's name, or an empty text when nobody remembers."""
+        return self.known.origin
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A file that is here, on its way, or (``file`` is None) only announced by an upstream.
+
+    A context manager: what is open is closed at its end.
+    """
+
+    file: OpenFile | Reader | None
+    announced: int | None
+    etag: str | None
+    result: Result
+    upstream: str
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the whole file; None while nobody knows."""
+        return self.announced if self.file is None else self.file.size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()

@@ -1,0 +1,235 @@
+"""Look ahead: a client that asks for a narinfo is pulling a closure, and will ask for more.
+
+Two things are done ahead of clients, each of which can be turned off:
+
+- **References are walked**: what a narinfo refers to is looked up before the client gets there. Nix asks
+  level by level, and each level costs it a round trip to the upstream otherwise.
+- **NARs are fetched** of paths whose narinfo a client itself has asked for, small ones first, since those
+  are bound by round trips and not by bandwidth. A client's first NAR request shows that it wants them all;
+  before that it has a budget, because it may be one that only asks (``nix path-info``). A budget that was
+  spent on such a client is not given again until it fetches a NAR.
+
+All of it is bounded: by a part of the upstream's connections, so that clients' own requests always find one
+free; by the room in the store, so that nothing is evicted for it; and it ends when its client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from proxy.cache import Cache
+from proxy.errors import ProxyError
+from proxy.known import KnownPath
+from proxy.nix.nar_name import NarName
+from proxy.nix.store_path import HashPart
+from proxy.recent import Recent
+
+SHARE = 3 / 8
+"""Part of an upstream's connections for lookups, and again for NARs; a quarter is left to clients."""
+
+CLIENTS = 1_000
+"""Clients that have left and whose spent budget is remembered."""
+
+WALKED = 100_000
+"""Paths that are not walked again while they are remembered."""
+
+ROOM_LAG = 3.0
+"""Seconds after which a NAR that has arrived is sure to count in the store's own account of its room."""
+
+UNKNOWN_SIZE = 2**20
+"""Bytes that a NAR is taken for when its narinfo does not say how large its file is."""
+
+
+@dataclass(frozen=True, slots=True)
+class LookAhead:
+    """What may be done ahead of clients.
+
+    Attributes:
+        narinfos: Whether to walk References.
+        nars: Whether to fetch NARs.
+        budget: Bytes for a client before its first NAR request.
+        connections: Connections that each upstream may have.
+    """
+
+    narinfos: bool = True
+    nars: bool = True
+    budget: int = 64 * 2**20
+    connections: int = 32
+
+    @property
+    def most(self) -> int:
+        """Lookups at the same time, and again downloads."""
+        return max(1, int(self.connections * SHARE))
+
+
+@dataclass(slots=True)
+class Client:
+    """What one client has asked for, and may still cause.
+
+    ``wanted`` is a heap of NARs by size. ``budget`` is in bytes, and of no account once ``fetches``.
+    """
+
+    budget: int
+    connections: int = 1
+    fetches: bool = False
+    asked: set[HashPart] = field(default_factory=set)
+    wanted: list[tuple[int, int, NarName]] = field(default_factory=list)
+    to_walk: deque[HashPart] = field(default_factory=deque)
+
+    def take(self, room: int) -> tuple[int, NarName] | None:
+        """Return the size and the name of the NAR to fetch next, or None while none may be.
+
+        Args:
+            room: Bytes that may be kept without evicting anything.
+        """
+        if not self.wanted:
+            return None
+        size, _, name = self.wanted[0]
+        if size > room or (not self.fetches and size > self.budget):
+            return None
+        heapq.heappop(self.wanted)
+        self.budget -= 0 if self.fetches else size
+        return size, name
+
+
+class Prefetch:
+    """The look-ahead. Made inside of a running event loop; closed with `close`.
+
+    Args:
+        cache: Where what is found goes.
+        rules: What may be done.
+    """
+
+    def __init__(self, cache: Cache, rules: LookAhead) -> None:
+        self._cache = cache
+        self._rules = rules
+        self._clients: dict[str, Client] = {}
+        self._left: Recent[str, int] = Recent(CLIENTS)
+        self._in_flight = 0
+        self._walked: Recent[HashPart, HashPart] = Recent(WALKED)
+        self._order = itertools.count()
+        self._lookups: set[asyncio.Task[None]] = set()
+        self._downloads: set[asyncio.Task[None]] = set()
+
+    def configure(self, rules: LookAhead) -> None:
+        """Go by other rules from now on."""
+        self._rules = rules
+
+    async def close(self) -> None:
+        """End everything that is under way."""
+        self._clients.clear()
+        tasks = [*self._lookups, *self._downloads]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def connected(self, name: str) -> None:
+        """A client has opened a connection."""
+        client = self._clients.get(name)
+        if client is None:
+            budget = self._left.get(name)
+            self._clients[name] = Client(self._rules.budget if budget is None else budget)
+        else:
+            client.connections += 1
+
+    def disconnected(self, name: str) -> None:
+        """A client has closed a connection; with the last one it has left."""
+        client = self._clients.get(name)
+        if client is None:
+            return
+        client.connections -= 1
+        if client.connections == 0:
+            del self._clients[name]
+            client.wanted.clear()
+            for hash_part in client.to_walk:
+                self._walked.drop(hash_part)
+            client.to_walk.clear()
+            self._left.put(name, self._rules.budget if client.fetches else client.budget)
+
+    def asked_narinfo(self, name: str, known: KnownPath) -> None:
+        """A client was given a narinfo."""
+        client = self._clients.get(name)
+        hash_part = known.info.store_path.hash_part
+        if client is None or hash_part in client.asked:
+            return
+        if len(client.asked) >= WALKED:
+            client.asked.clear()
+        client.asked.add(hash_part)
+        if self._rules.nars and not known.kept:
+            size = known.info.file_size or UNKNOWN_SIZE
+            heapq.heappush(client.wanted, (size, next(self._order), known.info.nar_name))
+        self._walk_from(client, known)
+        self._pump(client)
+
+    def asked_nar(self, name: str) -> None:
+        """A client has asked for a NAR: it wants what it asked narinfos for."""
+        client = self._clients.get(name)
+        if client is not None and not client.fetches:
+            client.fetches = True
+            self._pump(client)
+
+    def _walk_from(self, client: Client, known: KnownPath) -> None:
+        if not self._rules.narinfos:
+            return
+        for reference in known.info.references:
+            hash_part = reference.hash_part
+            if self._walked.get(hash_part) is None:
+                self._walked.put(hash_part, hash_part)
+                client.to_walk.append(hash_part)
+
+    def _pump(self, client: Client) -> None:
+        """Start as much of what a client causes as there are connections for."""
+        while client.to_walk and len(self._lookups) < self._rules.most:
+            self._start(self._lookups, self._look_up(client, client.to_walk.popleft()))
+        while len(self._downloads) < self._rules.most:
+            wish = client.take(self._cache.room - self._in_flight)
+            if wish is None:
+                return
+            size, name = wish
+            if self._cache.lacks(name):
+                self._in_flight += size
+                self._start(self._downloads, self._fetch(size, name))
+
+    def _start(self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(_unless_it_fails(work))
+        tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            for client in tuple(self._clients.values()):
+                self._pump(client)
+
+        task.add_done_callback(ended)
+
+    async def _look_up(self, client: Client, hash_part: HashPart) -> None:
+        try:
+            known = await self._cache.look_ahead(hash_part)
+        except ProxyError:
+            self._walked.drop(hash_part)
+            raise
+        if client.connections > 0:
+            self._walk_from(client, known)
+
+    async def _fetch(self, size: int, name: NarName) -> None:
+        try:
+            await self._cache.fetch_ahead(name)
+        finally:
+            # Only then is it sure to count as used: the index takes notes together.
+            asyncio.get_running_loop().call_later(ROOM_LAG, self._landed, size)
+
+    def _landed(self, size: int) -> None:
+        self._in_flight -= size
+
+
+async def _unless_it_fails(work: Coroutine[Any, Any, None]) -> None:
+    """What fails ahead of a client fails again, and is told, when the client asks."""
+    try:
+        await work
+    except ProxyError:
+        return

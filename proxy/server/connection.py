@@ -1,0 +1,238 @@
+"""Connections of clients: aiohttp's, with a fast lane in front, and words of our own for what is no HTTP.
+
+A request takes the fast lane only when no other reading of its bytes is possible than the one that aiohttp's
+parser has made of the same bytes before:
+
+- The connection is *clean*: every piece that has arrived on it so far was exactly one request without a body,
+  so the parser stands at the beginning of a request.
+- It is idle: aiohttp waits for a request, has none queued, is neither closing nor held up by a client that
+  does not read. Otherwise a quick answer would overtake a slow one.
+- The piece is ``GET``, a space, a target, and a header block (all from the space behind the target to
+  the empty line) that the parser has *accepted before, byte for byte*, as that of a plain keep-alive GET
+  without a body. Nix sends the same block with every request, so one slow request teaches it.
+
+So nothing can hide in a header's value, in another request's body, or behind a Content-Length. What is not
+sure goes to aiohttp, on the same connection and in order.
+
+This needs to look into aiohttp's `RequestHandler`. `missing_slots` tells when what it looks at is not there
+(any more); the fast lane then stays closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from aiohttp import HttpVersion11, web
+from aiohttp.http import RawRequestMessage
+from aiohttp.streams import EMPTY_PAYLOAD
+
+from proxy.prefetch import Prefetch
+from proxy.server.body import STALL_TIMEOUT
+from proxy.server.fastlane import FastLane
+
+KEEPALIVE: Final = 120.0
+"""Seconds that an idle connection is kept: longer than Nix keeps it (curl: 118 s), so that Nix never
+sends a request into a connection that is being closed. Also the deadline for a request's headers."""
+
+MOST_BLOCKS: Final = 256
+"""Header blocks remembered: one for each Nix version and what its users add."""
+
+LONGEST_BLOCK: Final = 2_048
+"""Bytes; Nix's has about 150."""
+
+_SLOTS: Final = (
+    "_close",
+    "_force_close",
+    "_messages",
+    "_loop",
+    "_next_keepalive_close_time",
+    "_paused",
+    "_upgraded",
+    "_waiter",
+)
+"""What is looked at of `web.RequestHandler` and its bases."""
+
+_TELLING_HEADERS: Final = frozenset(
+    {
+        "Authorization",
+        "Connection",
+        "Content-Length",
+        "Expect",
+        "If-Match",
+        "If-Modified-Since",
+        "If-None-Match",
+        "If-Range",
+        "If-Unmodified-Since",
+        "Range",
+        "TE",
+        "Trailer",
+        "Transfer-Encoding",
+        "Upgrade",
+    }
+)
+"""Headers that change the answer, or say that more than headers follows."""
+
+
+class Server(web.Server):
+    """aiohttp's low-level server, making connections of the kind below.
+
+    Args:
+        handler: Answers requests.
+        refuse: Answers what is no request, given a status.
+        prefetch: Told who comes and goes.
+        lane: The fast lane; None keeps it closed.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        *,
+        refuse: Callable[[int], web.Response],
+        prefetch: Prefetch,
+        lane: FastLane | None,
+    ) -> None:
+        super().__init__(handler)
+        self.prefetch = prefetch
+        self.refuse = refuse
+        self.lane = lane
+        self.blocks: set[bytes] = set()
+        """Header blocks that the parser has accepted as those of plain GETs."""
+
+    def __call__(self) -> web.RequestHandler:
+        """Make a connection; called by the event loop for each that is accepted."""
+        return Connection(self, asyncio.get_running_loop())
+
+
+class Connection(web.RequestHandler):
+    """One connection of a client.
+
+    Args:
+        server: What all connections share.
+        loop: The event loop.
+    """
+
+    __slots__ = ("_answer", "_blocks", "_clean", "_prefetch", "_refuse", "_stalled", "client")
+
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(
+            server,
+            loop=loop,
+            keepalive_timeout=KEEPALIVE,
+            access_log=None,  # type: ignore[arg-type]  # None is what switches it off
+        )
+        self._refuse = server.refuse
+        self._answer = _no_answer if server.lane is None else server.lane.answer
+        self._blocks = server.blocks
+        self._clean = server.lane is not None
+        self._prefetch = server.prefetch
+        self._stalled: asyncio.TimerHandle | None = None
+        self.client = ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note that a client has come."""
+        super().connection_made(transport)
+        if self.transport is not None:
+            # Whatever a client leaves unread pauses writing, and so starts the watch over it.
+            self.transport.set_write_buffer_limits(high=0)
+        self.client = client_of(transport.get_extra_info("peername"))
+        self._prefetch.connected(self.client)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Note that a client may have left."""
+        super().connection_lost(exc)
+        self._watch(None)
+        self._prefetch.disconnected(self.client)
+
+    def pause_writing(self) -> None:
+        """Note that the client does not keep up, and drop it when that lasts."""
+        super().pause_writing()
+        if self.transport is not None:
+            self._watch(self._loop.call_later(STALL_TIMEOUT, self.transport.abort))
+
+    def resume_writing(self) -> None:
+        """Note that the client keeps up again."""
+        super().resume_writing()
+        self._watch(None)
+
+    def _watch(self, stalled: asyncio.TimerHandle | None) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+        self._stalled = stalled
+
+    def data_received(self, data: bytes) -> None:
+        """Answer at once what can be, and leave the rest to aiohttp."""
+        if not self._clean:
+            super().data_received(data)
+            return
+        end = data.find(b" ", 4)
+        if data[end:] in self._blocks and data.startswith(b"GET /") and self._is_idle():
+            answer = self._answer(data[4:end], self.client)
+            if answer is not None and self.transport is not None:
+                self._next_keepalive_close_time = self._loop.time() + KEEPALIVE
+                self.transport.write(answer)
+                return
+        self._parse(data, data[end:])
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what is no HTTP; aiohttp would repeat what was sent, and name what runs here."""
+        del request, exc, message
+        return self._refuse(status)
+
+    def _is_idle(self) -> bool:
+        waiter = self._waiter
+        return (
+            waiter is not None
+            and not waiter.done()
+            and not self._messages
+            and not (self._paused or self._close or self._force_close)
+        )
+
+    def _parse(self, data: bytes, block: bytes) -> None:
+        """Let aiohttp parse a piece, and see whether it was one request and no more."""
+        queued = len(self._messages)
+        super().data_received(data)
+        whole = data.endswith(b"\r\n\r\n") and data.find(b"\r\n\r\n") == len(data) - 4
+        if not whole or len(self._messages) != queued + 1 or self._upgraded:
+            self._clean = False
+            return
+        message, payload = self._messages[-1]
+        if not isinstance(message, RawRequestMessage) or payload is not EMPTY_PAYLOAD:
+            self._clean = False
+        elif data.startswith(b"GET /") and _is_plain(message) and len(block) <= LONGEST_BLOCK:
+            if len(self._blocks) >= MOST_BLOCKS:
+                self._blocks.clear()  # somebody makes them up; the real ones are back at once
+            self._blocks.add(block)
+
+
+def client_of(peer: object) -> str:
+    """Name a client by its address; those of a Unix socket are one."""
+    return str(peer[0]) if isinstance(peer, tuple) else "unix"
+
+
+def _no_answer(_target: bytes, _client: str) -> None:
+    """The fast lane when it is closed."""
+
+
+def missing_slots() -> list[str]:
+    """Return what this module looks at in aiohttp and that is not there."""
+    slots = {slot for kind in web.RequestHandler.__mro__ for slot in getattr(kind, "__slots__", ())}
+    return [slot for slot in _SLOTS if slot not in slots]
+
+
+def _is_plain(message: RawRequestMessage) -> bool:
+    """Tell whether a request is a GET of which nothing but the target decides the answer."""
+    return (
+        message.method == "GET"
+        and message.version == HttpVersion11
+        and not (message.should_close or message.upgrade or message.chunked)
+        and message.compression is None
+        and not any(name in message.headers for name in _TELLING_HEADERS)
+    )

@@ -1,0 +1,51 @@
+"""The headers of answers, in one place, because two lanes write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Final
+
+from proxy.events import Result
+
+SOFTWARE: Final = "nix-cache-proxy"
+NAR_TYPE: Final = "application/x-nix-nar"
+NARINFO_TYPE: Final = "text/x-nix-narinfo"
+TEXT_TYPE: Final = "text/plain; charset=utf-8"
+
+
+def provenance(result: Result, upstream: str) -> dict[str, str]:
+    """Say where an answer came from."""
+    return {"X-Cache": result, "X-Upstream": upstream} if upstream else {"X-Cache": result}
+
+
+def narinfo_headers(result: Result, upstream: str) -> dict[str, str]:
+    """The headers of a narinfo."""
+    return {"Content-Type": NARINFO_TYPE, "Server": SOFTWARE, **provenance(result, upstream)}
+
+
+def file_headers(
+    content_type: str, etag: str | None, result: Result, upstream: str
+) -> dict[str, str]:
+    """The headers of a NAR or another file; never a Content-Encoding."""
+    tag = {} if etag is None else {"ETag": etag}
+    return {
+        "Content-Type": content_type,
+        "Accept-Ranges": "bytes",
+        "Server": SOFTWARE,
+        **tag,
+        **provenance(result, upstream),
+    }
+
+
+def error_headers() -> dict[str, str]:
+    """The headers of what cannot be had."""
+    return {"Content-Type": TEXT_TYPE, "Server": SOFTWARE}
+
+
+def head(status: int, headers: Mapping[str, str], length: int) -> bytes:
+    """Write status line and headers, up to where ``Date`` and the empty line go."""
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+    lines += (f"{name}: {value}" for name, value in headers.items())
+    lines += (f"Content-Length: {length}", "")
+    return "\r\n".join(lines).encode()

@@ -1,0 +1,43 @@
+"""A proxy in which everything is hot that can be, and the targets of it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from tests.closures import SigningKey, StoreEntry
+from tests.inside import InsideProxy
+from tests.simulator import BinaryCacheSimulator
+
+KEY = SigningKey("test-cache-1")
+"""The key that the fixtures trust."""
+
+SMALL = StoreEntry.make("small-1.0", random.Random(1).randbytes(3_000), compression="none")
+LARGE = StoreEntry.make("large-1.0", random.Random(2).randbytes(300_000), compression="none")
+UNASKED = StoreEntry.make("unasked-1.0", b"nobody has asked for this\n", compression="zstd")
+MISSING = StoreEntry.make("missing-1.0")
+
+NARINFO = SMALL.narinfo_path
+NAR = f"/nar/{SMALL.hash_part}-{SMALL.nar_hash}.nar"
+ABSENT = MISSING.narinfo_path
+HOT = (NARINFO, NAR, ABSENT)
+"""Targets that the fast lane answers once they are hot."""
+
+LARGE_NAR = f"/nar/{LARGE.hash_part}-{LARGE.nar_hash}.nar"
+
+
+def hot_proxy(
+    folder: Path, cache: BinaryCacheSimulator, *, negative_ttl: float = 60
+) -> InsideProxy:
+    """Return a proxy with a store in that folder, which `heat` makes hot once it runs."""
+    return InsideProxy(folder, cache.url, keys=[KEY.public], negative_ttl=negative_ttl)
+
+
+async def heat(proxy: InsideProxy) -> None:
+    """Ask for everything until it is hot."""
+    for entry in (SMALL, LARGE):
+        url = await proxy.nar_url(entry.hash_part)
+        for _ in range(2):  # once as it arrives, and once from the store
+            assert (await proxy.pull(url)).body == bytes(entry.file)
+            await proxy.idle()
+    assert (await proxy.pull(ABSENT)).status == 404

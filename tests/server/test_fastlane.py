@@ -1,0 +1,711 @@
+"""What the fast lane answers: the same as the long way, and only as long as that would answer it."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import errno
+import http.client
+import os
+import random
+import signal
+import sqlite3
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import pytest
+
+from proxy import known
+from proxy.events import Evicted, FastlaneServed, Fault, Rejected, RequestServed
+from proxy.server import fastlane
+from proxy.server.fastlane import OPEN_NARS, SMALL_NAR
+from proxy.store import index
+from proxy.store.eviction import Limits
+from tests.closures import SigningKey, StoreEntry, closure
+from tests.conftest import RunDaemon, RunSimulator, StartSimulator
+from tests.faults import Corrupt
+from tests.inside import InsideProxy
+from tests.server.hot import (
+    ABSENT,
+    HOT,
+    KEY,
+    LARGE,
+    LARGE_NAR,
+    MISSING,
+    NAR,
+    NARINFO,
+    SMALL,
+    UNASKED,
+    heat,
+    hot_proxy,
+)
+from tests.server.piecewise import (
+    Answer,
+    Piecewise,
+    answers,
+    connections,
+    dates,
+    plain,
+    through_the_lane,
+)
+from tests.simulator import BinaryCacheSimulator
+from tests.wire import Wire
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Lane:
+    """A connection whose requests take the fast lane whenever they can."""
+
+    def __init__(self, proxy: InsideProxy) -> None:
+        self._proxy = proxy
+        self._server = connections(proxy.server)
+
+    async def __aenter__(self) -> Self:
+        self._client = await Piecewise(self._server).__aenter__()
+        await self._client.ask(plain("/healthz"))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.__aexit__(None, None, None)
+        await self._server.shutdown(1)
+
+    async def ask(self, target: str) -> tuple[Answer, bool]:
+        """Return an answer, and whether it came through the fast lane."""
+        before = through_the_lane(self._proxy)
+        (answer,) = answers(await self._client.ask(plain(target)))
+        return answer, through_the_lane(self._proxy) > before
+
+    async def dated(self, target: str) -> str:
+        """Return the date of an answer that came through the fast lane."""
+        before = through_the_lane(self._proxy)
+        (date,) = dates(await self._client.ask(plain(target)))
+        assert through_the_lane(self._proxy) == before + 1
+        return date.decode()
+
+
+async def the_long_way(proxy: InsideProxy, target: str) -> Answer:
+    """Return the answer of a proxy without a fast lane."""
+    server = connections(proxy.server, lane=False)
+    async with Piecewise(server) as client:
+        (answer,) = answers(await client.ask(plain(target)))
+    await server.shutdown(1)
+    return answer
+
+
+def kept_open(proxy: InsideProxy) -> list[str]:
+    """Return which NARs of the store this process has open, once for each descriptor."""
+    found = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the descriptor of this very folder
+            found.append(str(fd.readlink()).removesuffix(" (deleted)"))
+    return sorted(path for path in found if path.startswith(f"{proxy.folder}/nar/"))
+
+
+def nar_url(entry: StoreEntry) -> str:
+    """Return the URL that the proxy gives the NAR of an uncompressed path."""
+    return f"/nar/{entry.hash_part}-{entry.nar_hash}.nar"
+
+
+async def warm(proxy: InsideProxy, *entries: StoreEntry) -> None:
+    """Bring NARs into the store, and ask for them once more."""
+    for entry in entries:
+        url = await proxy.nar_url(entry.hash_part)
+        for _ in range(2):
+            assert (await proxy.pull(url)).body == bytes(entry.file)
+            await proxy.idle()
+
+
+# --- the same answers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", HOT)
+async def test_the_same_bytes(proxy: InsideProxy, target: str) -> None:
+    """Status line, headers and body are byte for byte those of the long way."""
+    right = await the_long_way(proxy, target)
+    async with Lane(proxy) as lane:
+        for _ in range(3):
+            assert await lane.ask(target) == (right, True)
+
+
+async def test_the_headers(proxy: InsideProxy) -> None:
+    """What clients rely on is there: length, kind, provenance, ETag; and no encoding."""
+    async with Lane(proxy) as lane:
+        nar, _ = await lane.ask(NAR)
+        narinfo, _ = await lane.ask(NARINFO)
+        absent, _ = await lane.ask(ABSENT)
+    assert nar == Answer(
+        b"HTTP/1.1 200 OK",
+        tuple(
+            sorted(
+                [
+                    b"Content-Type: application/x-nix-nar",
+                    b"Accept-Ranges: bytes",
+                    b'ETag: "%s"' % SMALL.file_hash.encode(),
+                    b"Content-Length: %d" % len(SMALL.file),
+                    b"Server: nix-cache-proxy",
+                    b"X-Cache: HIT",
+                    b"X-Upstream: up0",
+                ]
+            )
+        ),
+        bytes(SMALL.file),
+    )
+    assert narinfo.status == b"HTTP/1.1 200 OK"
+    assert set(narinfo.headers) == {
+        b"Content-Type: text/x-nix-narinfo",
+        b"Content-Length: %d" % len(narinfo.body),
+        b"Server: nix-cache-proxy",
+        b"X-Cache: HIT",
+        b"X-Upstream: up0",
+    }
+    assert f"URL: {NAR[1:]}\n".encode() in narinfo.body
+    assert absent.status == b"HTTP/1.1 404 Not Found"
+    assert absent.body == f"no upstream has {ABSENT[1:]}\n".encode()
+    assert set(absent.headers) == {
+        b"Content-Type: text/plain; charset=utf-8",
+        b"Content-Length: %d" % len(absent.body),
+        b"Server: nix-cache-proxy",
+    }
+
+
+async def test_every_kind_of_path(sim: StartSimulator, tmp_path: Path) -> None:
+    """All paths of a closure, in every compression, are the same both ways, and whole."""
+    entries = closure(21, seed=3, sizes=(1, 30_000))
+    async with hot_proxy(tmp_path, await sim(*entries)) as proxy:
+        urls = {entry: await proxy.nar_url(entry.hash_part) for entry in entries}
+        for _ in range(2):
+            for url in urls.values():
+                await proxy.pull(url)
+            await proxy.idle()
+        async with Lane(proxy) as lane:
+            for entry, url in urls.items():
+                for target in (entry.narinfo_path, url):
+                    assert await lane.ask(target) == (await the_long_way(proxy, target), True)
+                assert (await lane.ask(url))[0].body == bytes(entry.file)
+
+
+async def test_after_a_restart(cache: BinaryCacheSimulator, tmp_path: Path) -> None:
+    """What was read from the store, and has no upstream any more, is the same both ways, too."""
+    async with hot_proxy(tmp_path, cache) as proxy:
+        await heat(proxy)
+    async with hot_proxy(tmp_path, cache) as proxy:
+        await heat(proxy)
+        async with Lane(proxy) as lane:
+            for target in HOT:
+                right = await the_long_way(proxy, target)
+                assert await lane.ask(target) == (right, True)
+                assert b"X-Upstream: up0" not in right.headers
+
+
+@pytest.mark.parametrize("excess", [-1, 0, 1])
+async def test_how_large(sim: StartSimulator, tmp_path: Path, excess: int) -> None:
+    """A NAR of just the size that is small takes the fast lane, and one that is larger does not."""
+    overhead = len(StoreEntry.make("sized-1.0", b"x" * 8_000).nar) - 8_000
+    wanted = SMALL_NAR - overhead + 8 * excess
+    entry = StoreEntry.make("sized-1.0", random.Random(3).randbytes(wanted), compression="none")
+    assert len(entry.file) == SMALL_NAR + 8 * excess
+    async with hot_proxy(tmp_path, await sim(entry)) as proxy:
+        await warm(proxy, entry)
+        async with Lane(proxy) as lane:
+            answer, took_it = await lane.ask(nar_url(entry))
+            assert answer == await the_long_way(proxy, nar_url(entry))
+            assert answer.body == bytes(entry.file)
+            assert took_it == (excess <= 0)
+
+
+NOT_QUITE = [
+    "/",
+    "/nix-cache-info",
+    "/nar/",
+    LARGE_NAR,
+    f"{NAR}?",
+    f"{NAR}#",
+    f"{NAR}/",
+    f"/{NAR}",
+    NAR[:-1],
+    NAR.upper(),
+    NAR.replace(".nar", ".nar.xz"),
+    f"{NARINFO}?",
+    NARINFO.upper(),
+    NARINFO.replace(".narinfo", ".narinf0"),
+    f"/{'e' * 32}.narinfo",
+    f"/{'/' * 32}.narinfo",
+    f"/log/{'a' * 28}.narinfo",
+    f"/nar/{'a' * 28}.narinfo",
+    f"/{'%' * 32}.narinfo",
+]
+
+
+@pytest.mark.parametrize("target", NOT_QUITE)
+async def test_not_quite_hot(proxy: InsideProxy, target: str) -> None:
+    """What is not exactly the name of something hot gets the answer of the long way, every time."""
+    await the_long_way(proxy, target)  # which may have to ask the upstream
+    right = await the_long_way(proxy, target)
+    async with Lane(proxy) as lane:
+        for _ in range(3):
+            assert (await lane.ask(target))[0] == right
+
+
+# --- the date ---------------------------------------------------------------------------------
+
+
+class Calendar:
+    """What time it is for the fast lane."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, now: float) -> None:
+        self.now = now
+        monkeypatch.setattr(fastlane, "time", SimpleNamespace(time=lambda: self.now))
+
+
+@pytest.mark.parametrize("target", HOT)
+async def test_the_date(proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """The date is that of the answer, to the second."""
+    calendar = Calendar(monkeypatch, 1_800_000_000.0)
+    async with Lane(proxy) as lane:
+        for step in (0.0, 0.2, 0.79, 0.02, 0.98, 0.01, 3.0, 86_400.0, 0.5):
+            calendar.now += step
+            assert await lane.dated(target) == email.utils.formatdate(
+                int(calendar.now), usegmt=True
+            )
+
+
+async def test_the_date_of_a_clock_that_is_put_back(
+    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the clock of the machine is put right, answers are dated right at once."""
+    calendar = Calendar(monkeypatch, 1_800_000_000.0)
+    async with Lane(proxy) as lane:
+        for step in (0.0, -3_600.0, 0.5, -0.6):
+            calendar.now += step
+            assert await lane.dated(NARINFO) == email.utils.formatdate(
+                int(calendar.now), usegmt=True
+            )
+
+
+async def test_the_date_is_today(proxy: InsideProxy) -> None:
+    """The date is that of the machine."""
+    async with Lane(proxy) as lane:
+        earliest = int(time.time())
+        date = email.utils.parsedate_to_datetime(await lane.dated(NAR)).timestamp()
+        assert earliest <= date <= time.time()
+
+
+# --- hot no more ------------------------------------------------------------------------------
+
+
+async def test_an_absence_is_over(proxy: InsideProxy, cache: BinaryCacheSimulator) -> None:
+    """A 404 is remembered for `negative_ttl`, and not a second longer."""
+    async with Lane(proxy) as lane:
+        proxy.clock.now += 59
+        assert (await lane.ask(ABSENT))[1]
+        cache.publish(MISSING)
+        proxy.clock.now += 1
+        answer, took_it = await lane.ask(ABSENT)
+    assert (answer.code, took_it) == (200, False)
+
+
+async def test_an_absence_that_is_none(proxy: InsideProxy, cache: BinaryCacheSimulator) -> None:
+    """What has come in the meantime is there, although it was remembered as absent."""
+    cache.publish(MISSING)
+    url = f"/nar/{MISSING.hash_part}-{MISSING.nar_hash}.nar.xz"
+    assert (await proxy.pull(url)).status == 200
+    async with Lane(proxy) as lane:
+        answer, _ = await lane.ask(ABSENT)
+        assert (answer.code, answer) == (200, await the_long_way(proxy, ABSENT))
+
+
+async def test_an_absence_of_what_the_store_has(
+    sim: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the store has is served, also when it was once absent, and is in memory no longer."""
+    monkeypatch.setattr(known, "HOT_BYTES", 3_000)  # one narinfo
+    cache = await sim(SMALL, LARGE)
+    async with hot_proxy(tmp_path, cache) as proxy:
+        await heat(proxy)
+        cache.publish(MISSING)
+        url = f"/nar/{MISSING.hash_part}-{MISSING.nar_hash}.nar.xz"
+        assert (await proxy.pull(url)).status == 200
+        await proxy.idle()
+        assert (await proxy.pull(NARINFO)).status == 200  # and MISSING is in memory no longer
+        async with Lane(proxy) as lane:
+            answer, _ = await lane.ask(ABSENT)
+        assert answer.code == 200
+        assert (await the_long_way(proxy, ABSENT)).code == 200
+
+
+async def test_a_narinfo_that_led_astray(proxy: InsideProxy, cache: BinaryCacheSimulator) -> None:
+    """A narinfo whose NAR turns out to be another one is hot no longer, and is asked for again."""
+    url = await proxy.nar_url(UNASKED.hash_part)
+    async with Lane(proxy) as lane:
+        assert (await lane.ask(UNASKED.narinfo_path))[1]
+        rule = cache.fault("/nar/*", Corrupt(10))
+        assert (await lane.ask(url))[0].code == 404
+        assert proxy.observed(Rejected)
+        rule.lift()
+        asked = cache.gets(UNASKED.narinfo_path)
+        answer, took_it = await lane.ask(UNASKED.narinfo_path)
+        assert (answer.code, took_it) == (200, False)
+        assert cache.gets(UNASKED.narinfo_path) == asked + 1
+
+
+async def test_a_narinfo_that_led_nowhere(proxy: InsideProxy, cache: BinaryCacheSimulator) -> None:
+    """A narinfo whose NAR the upstream has lost is hot no longer."""
+    url = await proxy.nar_url(UNASKED.hash_part)
+    async with Lane(proxy) as lane:
+        assert (await lane.ask(UNASKED.narinfo_path))[1]
+        cache.withdraw(UNASKED)
+        assert (await lane.ask(url))[0].code == 404
+        answer, took_it = await lane.ask(UNASKED.narinfo_path)
+    assert (answer.code, took_it) == (404, False)
+
+
+async def test_keys_that_are_trusted_no_more(
+    proxy: InsideProxy, cache: BinaryCacheSimulator
+) -> None:
+    """With another configuration in force, nothing is answered that was concluded from the old one."""
+    async with Lane(proxy) as lane:
+        assert (await lane.ask(NARINFO))[1]
+        old = proxy.failover
+        stranger = InsideProxy(proxy.folder, cache.url, keys=[SigningKey("other-1").public])
+        stranger.events = proxy.events
+        proxy.failover = stranger.make_failover(cache.url)
+        proxy.cache.use(proxy.failover, negative_ttl=60)
+        answer, took_it = await lane.ask(NARINFO)
+        assert (answer.code, took_it) == (404, False)
+    for source in old.sources:
+        await source.upstream.close()
+
+
+async def test_another_configuration(proxy: InsideProxy, cache: BinaryCacheSimulator) -> None:
+    """After a reload what the upstreams said is asked again, and what the store has is served."""
+    async with Lane(proxy) as lane:
+        for target in HOT:
+            assert (await lane.ask(target))[1]
+        old, proxy.failover = proxy.failover, proxy.make_failover(cache.url)
+        cache.publish(MISSING)
+        proxy.cache.use(proxy.failover, negative_ttl=60)
+        answer, took_it = await lane.ask(ABSENT)
+        assert (answer.code, took_it) == (200, False)
+        answer, took_it = await lane.ask(NARINFO)
+        assert (answer.code, took_it) == (200, False)
+        answer, _ = await lane.ask(NAR)
+        assert (answer.code, answer.body) == (200, bytes(SMALL.file))
+    for source in old.sources:
+        await source.upstream.close()
+
+
+def test_an_upstream_that_is_renamed(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
+    """After a reload no answer names an upstream that there is no more; both ways say the same."""
+    table = f'[[upstream]]\nname = "%s"\nurl = "{threaded_sim(SMALL).url}"'
+    proxy = daemon(config=table % "before")
+    client = KeptAlive(proxy.url)
+    for _ in range(4):
+        client.get(NARINFO)
+        assert client.get(NAR) == bytes(SMALL.file)
+        proxy.wait_for_log("stored")
+    proxy.configure(upstreams=(), keys=[KEY.public], config=table % "after")
+    proxy.signal(signal.SIGHUP)
+    proxy.wait_for_log("the configuration was read again and is in force")
+    for target in (NARINFO, NAR):
+        for _ in range(3):
+            client.get(target)
+            hot = client.headers
+            client.get(target, {"Authorization": "Basic eDp5"})
+            assert hot == client.headers
+            assert hot.get("X-Upstream") != "before"
+    client.close()
+
+
+async def test_a_nar_that_is_removed(proxy: InsideProxy) -> None:
+    """A NAR that somebody has removed from the store is answered all the same, and right."""
+    async with Lane(proxy) as lane:
+        (proxy.folder / NAR[1:]).unlink()
+        (proxy.folder / f"{SMALL.hash_part}.narinfo").unlink()
+        for _ in range(3):
+            answer, _ = await lane.ask(NAR)
+            assert (answer.code, answer.body) == (200, bytes(SMALL.file))
+        assert (await the_long_way(proxy, NAR)).body == bytes(SMALL.file)
+        await proxy.idle()
+        for _ in range(3):
+            assert (await lane.ask(NAR))[0].body == bytes(SMALL.file)
+
+
+async def test_nars_that_are_evicted(sim: StartSimulator, tmp_path: Path) -> None:
+    """The URL of a NAR that was hot is answered, and right, when the NAR was evicted to make room."""
+    entries = [
+        StoreEntry.make(f"evicted-{n}", random.Random(n).randbytes(60_000), compression="none")
+        for n in range(12)
+    ]
+    cache = await sim(*entries)
+    limits = Limits(max_size=500_000)
+    async with InsideProxy(tmp_path, cache.url, keys=[KEY.public], limits=limits) as proxy:
+        await warm(proxy, *entries)
+        await proxy.until(lambda: len(proxy.observed(Evicted)) >= 4)
+        async with Lane(proxy) as lane:
+            for entry in entries:
+                answer, _ = await lane.ask(nar_url(entry))
+                assert (answer.code, answer.body) == (200, bytes(entry.file))
+                assert (await the_long_way(proxy, nar_url(entry))).body == bytes(entry.file)
+                assert (await lane.ask(entry.narinfo_path))[0].code == 200
+        await proxy.idle()
+
+
+async def test_a_nar_that_is_cut_short(proxy: InsideProxy) -> None:
+    """A NAR that somebody has cut short is hot no longer; no length is announced that is not sent."""
+    async with Lane(proxy) as lane:
+        assert (await lane.ask(NAR))[1]
+        os.truncate(proxy.folder / NAR[1:], 1_000)
+        for _ in range(2):
+            answer, _ = await lane.ask(NAR)
+            assert b"Content-Length: %d" % len(answer.body) in answer.headers
+            assert answer.body in (bytes(SMALL.file), bytes(SMALL.file)[:1_000])
+        os.truncate(proxy.folder / NAR[1:], 0)
+        answer, took_it = await lane.ask(NAR)
+        assert not took_it
+        assert b"Content-Length: %d" % len(answer.body) in answer.headers
+    assert not proxy.observed(Fault)
+
+
+async def test_a_disk_that_fails(proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fast lane cannot read is left to the long way; the connection goes on."""
+
+    def fail(fd: int, count: int, offset: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with Lane(proxy) as lane:
+        right = await the_long_way(proxy, NAR)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pread", fail)
+            assert await lane.ask(NAR) == (right, False)
+        assert await lane.ask(NARINFO) == (await the_long_way(proxy, NARINFO), True)
+
+
+# --- descriptors ------------------------------------------------------------------------------
+
+
+async def test_descriptors(
+    sim: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NARs are kept open up to a number, each once, the ones used last; and none after the end."""
+    monkeypatch.setattr(fastlane, "OPEN_NARS", 4)
+    entries = [StoreEntry.make(f"many-{n}", b"x" * 100, compression="none") for n in range(10)]
+    async with hot_proxy(tmp_path, await sim(*entries)) as proxy:
+        await warm(proxy, *entries)
+        assert len(kept_open(proxy)) == 4
+        async with Lane(proxy) as lane:
+            for _ in range(2):
+                for entry in entries[6:]:
+                    assert (await lane.ask(nar_url(entry)))[1]
+            for _ in range(3):
+                for entry in entries[:6]:
+                    assert (await lane.ask(nar_url(entry)))[0].body == bytes(entry.file)
+                    assert len(kept_open(proxy)) == 4
+            for headers in ({"Range": "bytes=0-3"}, {"If-Range": '"x"'}):
+                for _ in range(3):
+                    await proxy.pull(nar_url(entries[5]), headers)
+            await proxy.pull(nar_url(entries[5]), method="HEAD")
+            assert len(kept_open(proxy)) == len(set(kept_open(proxy))) == 4
+    assert kept_open(proxy) == []
+
+
+async def test_no_descriptors_of_large_ones(proxy: InsideProxy) -> None:
+    """A NAR that is not small is not kept open."""
+    assert kept_open(proxy) == [f"{proxy.folder}{NAR}"]
+
+
+async def test_names_of_one_nar(proxy: InsideProxy) -> None:
+    """However many names clients make up for a NAR, it is kept open once."""
+    for number in range(10):
+        await proxy.pull(f"{NAR}?{number}")
+        await proxy.idle()
+    assert kept_open(proxy) == [f"{proxy.folder}{NAR}"]
+
+
+async def test_no_descriptor_is_left(proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When there is no descriptor to keep a NAR open with, it is answered, and nothing leaks."""
+    real = os.dup
+
+    def dup(fd: int) -> int:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(fd)
+
+    before = kept_open(proxy)
+    monkeypatch.setattr(os, "dup", dup)
+    for _ in range(3):
+        answer = await the_long_way(proxy, NAR)
+        assert (answer.code, answer.body) == (200, bytes(SMALL.file))
+    assert kept_open(proxy) in (before, [])
+    assert not proxy.observed(Fault)
+
+
+def test_bounds() -> None:
+    """What is kept open, and what is read in one turn of the event loop, is little."""
+    assert OPEN_NARS <= 1_024
+    assert SMALL_NAR <= 2**18
+
+
+# --- what is told of it -----------------------------------------------------------------------
+
+
+async def test_what_is_told(proxy: InsideProxy) -> None:
+    """Everything is told once, in bulk, with bytes; and nothing when there is nothing to tell."""
+    proxy.server.lane.flush()
+    proxy.events.clear()
+    async with Lane(proxy) as lane:
+        client = lane._client
+        counts = {NARINFO: 5, NAR: 3, ABSENT: 2}
+        narinfo = await the_long_way(proxy, NARINFO)
+        for target, count in counts.items():
+            await client.ask(*[plain(target)] * count)
+        proxy.server.lane.flush()
+        proxy.server.lane.flush()
+    assert sorted(map(repr, proxy.observed(FastlaneServed))) == sorted(
+        map(
+            repr,
+            [
+                FastlaneServed("narinfo", 200, "HIT", 5, 5 * len(narinfo.body)),
+                FastlaneServed("nar", 200, "HIT", 3, 3 * len(SMALL.file)),
+                FastlaneServed("narinfo", 404, "", 2, 0),
+            ],
+        )
+    )
+    routes = [event.route for event in proxy.observed(RequestServed)]
+    assert sorted(routes) == ["health", "narinfo"]  # what taught it, and `the_long_way`
+
+
+async def test_the_last_is_told(cache: BinaryCacheSimulator, tmp_path: Path) -> None:
+    """What was answered just before the end is told, too."""
+    async with hot_proxy(tmp_path, cache) as proxy:
+        await heat(proxy)
+        async with Wire(proxy.url) as wire:
+            for _ in range(8):
+                assert (await wire.ask(NAR)).body == bytes(SMALL.file)
+    assert sum(event.requests for event in proxy.observed(FastlaneServed)) == 7
+
+
+def last_use(proxy: InsideProxy, target: str) -> int:
+    """Return when a file was used, as the index of a proxy that has stopped says."""
+    with contextlib.closing(sqlite3.connect(proxy.store.layout.index)) as connection:
+        (at,) = connection.execute("SELECT at FROM used WHERE name = ?", (target[1:],)).fetchone()
+    return int(at)
+
+
+@pytest.mark.parametrize("used_later", [True, False])
+async def test_use_is_noted(
+    cache: BinaryCacheSimulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    used_later: bool,  # noqa: FBT001  # both ways
+) -> None:
+    """A use by the fast lane counts for eviction like any other, once; to be kept open is none."""
+    later = int(time.time()) + 10_000
+    async with hot_proxy(tmp_path, cache) as proxy:
+        await heat(proxy)
+        async with Lane(proxy) as lane:
+            assert (await lane.ask(NAR))[1]  # and it is told at once
+            clock = SimpleNamespace(time=lambda: later, monotonic=time.monotonic)
+            monkeypatch.setattr(index, "time", clock)
+            if used_later:
+                assert (await lane.ask(NAR))[1]
+            proxy.server.lane.flush()
+    assert (last_use(proxy, NAR) == later) == used_later
+    assert last_use(proxy, LARGE_NAR) < later
+
+
+async def test_a_nar_that_is_gone_is_not_in_the_index(proxy: InsideProxy) -> None:
+    """The use of a NAR that was removed meanwhile brings nothing back, and harms nothing."""
+    async with Lane(proxy) as lane:
+        (proxy.folder / NAR[1:]).unlink()
+        await lane.ask(NAR)
+        proxy.server.lane.flush()
+        proxy.server.lane.flush()
+    assert not proxy.observed(Fault)
+    assert not (proxy.folder / NAR[1:]).exists()
+
+
+# --- the daemon -------------------------------------------------------------------------------
+
+
+class KeptAlive:
+    """One connection to a daemon, which sends the same headers with every request."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+        self.headers: dict[str, str] = {}
+        """Those of the last answer, but for the date."""
+
+    def get(self, target: str, headers: Mapping[str, str] | None = None) -> bytes:
+        """Return the body of an answer, whatever its status."""
+        self._connection.request("GET", target, headers=headers or {})
+        answer = self._connection.getresponse()
+        self.headers = {name: text for name, text in answer.headers.items() if name != "Date"}
+        return answer.read()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+def served(lines: Sequence[dict[str, Any]], route: str) -> int:
+    """Return how many requests of a route a log says that took the fast lane."""
+    return sum(line["requests"] for line in lines if line["route"] == route)
+
+
+def test_metrics(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
+    """Every request is in the metrics once it was answered, whichever way it took; so are the bytes."""
+    proxy = daemon(threaded_sim(SMALL).url)
+    client = KeptAlive(proxy.url)
+    narinfos, absences, nars = 40, 30, 20
+    size = 0
+    for _ in range(narinfos):
+        size = len(client.get(NARINFO))
+    for _ in range(absences):
+        client.get(ABSENT)
+    for _ in range(nars):
+        assert client.get(NAR) == bytes(SMALL.file)
+        proxy.wait_for_log("stored")
+    client.close()
+    for _ in range(2):  # to look changes nothing
+        assert proxy.metric("requests_total", route="narinfo", code="200") == narinfos
+        assert proxy.metric("requests_total", route="narinfo", code="404") == absences
+        assert proxy.metric("requests_total", route="nar", code="200") == nars
+        assert proxy.metric("requests_total", route="nar", method="GET") == nars
+        total = proxy.metric("response_bytes_total")
+        assert total == narinfos * size + nars * len(SMALL.file)
+        assert proxy.metric("responses_cut_total") == 0
+    proxy.stop()
+    told = proxy.logged("requests")
+    assert served(told, "narinfo") == narinfos - 1 + absences - 1
+    assert served(told, "nar") == nars - 2  # once as it arrives, and once from the store
+
+
+@pytest.mark.parametrize("between", [None, LARGE_NAR, "/healthz", NARINFO])
+def test_all_but_the_first(
+    daemon: RunDaemon, threaded_sim: RunSimulator, between: str | None
+) -> None:
+    """On a connection, all requests for a hot NAR but the first take the fast lane, whatever is between."""
+    proxy = daemon(threaded_sim(SMALL, LARGE).url)
+    warming = KeptAlive(proxy.url)
+    for entry in (SMALL, LARGE):
+        warming.get(entry.narinfo_path)
+        warming.get(nar_url(entry))
+    proxy.wait_for_log("stored", 2)
+    client = KeptAlive(proxy.url)
+    assert client.get(NAR) == bytes(SMALL.file)
+    for _ in range(50):
+        if between is not None:
+            client.get(between)
+        assert client.get(NAR) == bytes(SMALL.file)
+    for each in (warming, client):
+        each.close()
+    proxy.stop()
+    assert served(proxy.logged("requests"), "nar") == 50
