@@ -15,7 +15,7 @@ DEVELOPMENT := $(VENV)/.development
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check lock clean
+.PHONY: help run test check bench lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -29,8 +29,11 @@ test: $(DEVELOPMENT) ## run the tests; make test ARGS="-k narinfo"
 check: $(DEVELOPMENT) ## lint, format, types, layers; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict proxy tests
+	$(BIN)/mypy --strict proxy tests bench
 	$(BIN)/lint-imports
+
+bench: $(DEVELOPMENT) ## compare with nginx, and with no proxy; make bench ARGS="hot --rounds 3"
+	$(BIN)/python -m bench $(ARGS)
 
 lock: $(DEVELOPMENT) ## write the locks anew from pyproject.toml; make lock ARGS=--upgrade
 	$(LOCK) --group build $(ARGS) --output-file requirements.lock
@@ -38,7 +41,7 @@ lock: $(DEVELOPMENT) ## write the locks anew from pyproject.toml; make lock ARGS
 
 clean: ## remove .venv and the caches of the tools
 	rm -rf $(VENV) dist .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find proxy tests -name __pycache__ -prune -exec rm -rf {} +
+	find proxy tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 define CHECK_PYTHON
 import sys

@@ -1,0 +1,1 @@
+"""Benchmarks: how the proxy compares with nginx, and with no proxy at all. See README.md."""
