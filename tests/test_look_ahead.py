@@ -26,6 +26,7 @@ from tests.faults import Corrupt, Cut, Fault, Gate, Html, Request, Shorter, Stat
 from tests.inside import InsideProxy, Received
 from tests.nix_client import NixClient
 from tests.simulator import BinaryCacheSimulator
+from tests.test_reload import reload
 
 ALL = LookAhead()
 NARINFOS_ONLY = LookAhead(nars=False)
@@ -702,6 +703,55 @@ async def test_each_part_can_be_turned_off(
 # --- the daemon ---------------------------------------------------------------------------------
 
 
+def prefetch_table(*, narinfos: bool = True, nars: bool = True, budget: str = "64MiB") -> str:
+    """Write a table that says all that can be said, whatever the defaults are."""
+    return (
+        f"[prefetch]\nnarinfos = {str(narinfos).lower()}\n"
+        f'nars = "{"wanted" if nars else "off"}"\nbudget = "{budget}"'
+    )
+
+
+def test_unasked_bytes_are_a_metric(threaded_sim: RunSimulator, daemon: RunDaemon) -> None:
+    """``prefetched_unasked_bytes`` is what was fetched ahead, less what was asked for since."""
+    paths = [entry(f"path-{size}", size) for size in (1_000, 20_000, 300_000)]
+    proxy = daemon(threaded_sim(*paths).url, config=prefetch_table())
+    assert proxy.metric("prefetched_unasked_bytes") == 0
+    unasked = 0
+    for path in paths:
+        unasked += len(path.file)
+        while proxy.metric("prefetched_unasked_bytes") != unasked:
+            proxy.get(path.narinfo_path)  # again, should the room not be known yet
+    for path in paths:
+        assert proxy.get(nar_url(path)) == bytes(path.file)
+        unasked -= len(path.file)
+        assert proxy.metric("prefetched_unasked_bytes") == unasked
+    everything = sum(len(path.file) for path in paths)
+    assert proxy.metric("response_bytes_total", result="PREFETCHED") == everything
+
+
+def test_a_reload_changes_it(
+    threaded_sim: RunSimulator, daemon: RunDaemon, key: SigningKey
+) -> None:
+    """SIGHUP turns each part of the look-ahead on and off."""
+    leaves = entries("leaf", 4)
+    roots = [entry(f"root-{number}", 100, leaf) for number, leaf in enumerate(leaves)]
+    upstream = threaded_sim(*leaves, *roots)
+    proxy = daemon(upstream.url)
+    rules = [(False, False), (True, False), (False, True), (True, True)]
+    for (narinfos, nars), root, leaf in zip(rules, roots, leaves, strict=True):
+        config = prefetch_table(narinfos=narinfos, nars=nars)
+        proxy.configure(upstreams=[upstream.url], keys=[key.public], config=config)
+        reload(proxy)
+        proxy.get(root.narinfo_path)
+        if narinfos:
+            upstream.expect(leaf.narinfo_path).block()
+        if nars:
+            upstream.expect(root.nar_path).block()
+
+    assert [upstream.gets(leaf.narinfo_path) for leaf in leaves] == [0, 1, 0, 1]
+    assert [upstream.gets(root.nar_path) for root in roots] == [0, 0, 1, 1]
+
+
 CLOSURE = closure(60, sizes=(1_000, 200_000))
 
 
@@ -713,7 +763,7 @@ def test_a_closure_pulled_by_nix(
 ) -> None:
     """Through a cold proxy it costs one narinfo and one NAR for each path, and nothing is wasted."""
     upstream = threaded_sim(*CLOSURE)
-    proxy = daemon(upstream.url, config=f'[prefetch]\nbudget = "{budget}"')
+    proxy = daemon(upstream.url, config=prefetch_table(budget=budget))
     root = CLOSURE[0].store_path
     done = (
         nix.copy_from(proxy.url, root)
@@ -727,6 +777,7 @@ def test_a_closure_pulled_by_nix(
 
     assert sorted(asked(upstream)) == sorted([*narinfo_paths(*CLOSURE), *nar_paths(*CLOSURE)])
     assert proxy.metric("prefetched_unasked_bytes") == 0
+    assert budget == "0B" or proxy.metric("response_bytes_total", result="PREFETCHED") > 0
     assert proxy.metric("faults_total") == proxy.metric("verification_failures_total") == 0
 
 
@@ -741,7 +792,7 @@ def test_what_nix_has_already_is_not_fetched(
     assert nix.copy_from(proxy.url, half.store_path).returncode == 0
     proxy.stop()
     upstream.reset_counts()
-    cold = daemon(upstream.url, config="[prefetch]")
+    cold = daemon(upstream.url, config=prefetch_table())
     had = nix.installed()
     done = nix.realise(root.store_path, substituters=[cold.url])
     assert done.returncode == 0, done.stderr
