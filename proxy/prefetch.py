@@ -19,9 +19,9 @@ import asyncio
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 from proxy.cache import Cache
 from proxy.errors import ProxyError
@@ -37,13 +37,13 @@ CLIENTS = 1_000
 """Clients that have left and whose spent budget is remembered."""
 
 WALKED = 100_000
-"""Paths that are not walked again while they are remembered."""
+"""Paths that are walked for one client, and that it is remembered to have asked for."""
 
 ROOM_LAG = 3.0
 """Seconds after which a NAR that has arrived is sure to count in the store's own account of its room."""
 
-UNKNOWN_SIZE = 2**20
-"""Bytes that a NAR is taken for when its narinfo does not say how large its file is."""
+FEWEST = 4
+"""Connections below which none is to spare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class LookAhead:
     @property
     def most(self) -> int:
         """Lookups at the same time, and again downloads."""
-        return max(1, int(self.connections * SHARE))
+        return int(self.connections * SHARE) if self.connections >= FEWEST else 0
 
 
 @dataclass(slots=True)
@@ -80,6 +80,7 @@ class Client:
     fetches: bool = False
     asked: set[HashPart] = field(default_factory=set)
     wanted: list[tuple[int, int, NarName]] = field(default_factory=list)
+    walked: set[HashPart] = field(default_factory=set)
     to_walk: deque[HashPart] = field(default_factory=deque)
 
     def take(self, room: int) -> tuple[int, NarName] | None:
@@ -112,14 +113,18 @@ class Prefetch:
         self._clients: dict[str, Client] = {}
         self._left: Recent[str, int] = Recent(CLIENTS)
         self._in_flight = 0
-        self._walked: Recent[HashPart, HashPart] = Recent(WALKED)
         self._order = itertools.count()
         self._lookups: set[asyncio.Task[None]] = set()
         self._downloads: set[asyncio.Task[None]] = set()
 
     def configure(self, rules: LookAhead) -> None:
-        """Go by other rules from now on."""
+        """Go by other rules from now on; what they do not allow and has not begun is dropped."""
         self._rules = rules
+        for client in self._clients.values():
+            if not rules.narinfos:
+                client.to_walk.clear()
+            if not rules.nars:
+                client.wanted.clear()
 
     async def close(self) -> None:
         """End everything that is under way."""
@@ -147,8 +152,6 @@ class Prefetch:
         if client.connections == 0:
             del self._clients[name]
             client.wanted.clear()
-            for hash_part in client.to_walk:
-                self._walked.drop(hash_part)
             client.to_walk.clear()
             self._left.put(name, self._rules.budget if client.fetches else client.budget)
 
@@ -160,9 +163,10 @@ class Prefetch:
             return
         if len(client.asked) >= WALKED:
             client.asked.clear()
+            client.wanted.clear()
         client.asked.add(hash_part)
         if self._rules.nars and not known.kept:
-            size = known.info.file_size or UNKNOWN_SIZE
+            size = known.info.file_size or known.info.nar_size
             heapq.heappush(client.wanted, (size, next(self._order), known.info.nar_name))
         self._walk_from(client, known)
         self._pump(client)
@@ -175,18 +179,18 @@ class Prefetch:
             self._pump(client)
 
     def _walk_from(self, client: Client, known: KnownPath) -> None:
-        if not self._rules.narinfos:
-            return
+        if not self._rules.narinfos or known.kept:
+            return  # of what is here, so is most of what it refers to
         for reference in known.info.references:
             hash_part = reference.hash_part
-            if self._walked.get(hash_part) is None:
-                self._walked.put(hash_part, hash_part)
+            if hash_part not in client.walked and len(client.walked) < WALKED:
+                client.walked.add(hash_part)
                 client.to_walk.append(hash_part)
 
     def _pump(self, client: Client) -> None:
         """Start as much of what a client causes as there are connections for."""
         while client.to_walk and len(self._lookups) < self._rules.most:
-            self._start(self._lookups, self._look_up(client, client.to_walk.popleft()))
+            self._start(self._lookups, partial(self._look_up, client, client.to_walk.popleft()))
         while len(self._downloads) < self._rules.most:
             wish = client.take(self._cache.room - self._in_flight)
             if wish is None:
@@ -194,25 +198,24 @@ class Prefetch:
             size, name = wish
             if self._cache.lacks(name):
                 self._in_flight += size
-                self._start(self._downloads, self._fetch(size, name))
+                self._start(self._downloads, partial(self._fetch, size, name))
 
-    def _start(self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, tasks: set[asyncio.Task[None]], work: Callable[[], Awaitable[None]]) -> None:
         task = asyncio.create_task(_unless_it_fails(work))
         tasks.add(task)
 
         def ended(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
-            for client in tuple(self._clients.values()):
-                self._pump(client)
+            self._pump_all()
 
         task.add_done_callback(ended)
 
+    def _pump_all(self) -> None:
+        for client in tuple(self._clients.values()):
+            self._pump(client)
+
     async def _look_up(self, client: Client, hash_part: HashPart) -> None:
-        try:
-            known = await self._cache.look_ahead(hash_part)
-        except ProxyError:
-            self._walked.drop(hash_part)
-            raise
+        known = await self._cache.look_ahead(hash_part)
         if client.connections > 0:
             self._walk_from(client, known)
 
@@ -225,11 +228,12 @@ class Prefetch:
 
     def _landed(self, size: int) -> None:
         self._in_flight -= size
+        self._pump_all()
 
 
-async def _unless_it_fails(work: Coroutine[Any, Any, None]) -> None:
+async def _unless_it_fails(work: Callable[[], Awaitable[None]]) -> None:
     """What fails ahead of a client fails again, and is told, when the client asks."""
     try:
-        await work
+        await work()
     except ProxyError:
         return

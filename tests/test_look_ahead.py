@@ -15,10 +15,11 @@ from typing import Self
 import aiohttp
 import pytest
 
-from proxy.events import FastlaneServed, RequestServed
+from proxy.events import Evicted, FastlaneServed, RequestServed
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import parse_hash_part
 from proxy.prefetch import LookAhead
+from proxy.store import index
 from proxy.store.eviction import Limits
 from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunDaemon, RunSimulator, StartSimulator
@@ -801,3 +802,117 @@ def test_what_nix_has_already_is_not_fetched(
     assert sorted(asked(upstream, "/nar/")) == sorted(nar_paths(*rest))
     assert len(set(narinfos_asked(upstream))) == len(narinfos_asked(upstream))
     assert cold.metric("prefetched_unasked_bytes") == 0
+
+
+@pytest.mark.parametrize("connections", [2, 3, 4, 32])
+async def test_own_requests_find_a_connection(
+    connections: int, sim: StartSimulator, start: Start
+) -> None:
+    """With all its connections busy, the look-ahead keeps nobody from a narinfo or a NAR."""
+    wanted, leaves = entries("wanted", 40), entries("leaf", 40)
+    root, own = entry("root", 100, *leaves), entry("own")
+    cache = await sim(root, own, *wanted, *leaves)
+    rules = LookAhead(connections=connections)
+    proxy = await start(cache, rules)
+    gate = Gate(None)
+    cache.fault(one_of(nar_paths(root, *wanted), narinfo_paths(*leaves)), gate)
+    busy = cache.expect(one_of(nar_paths(root, *wanted), narinfo_paths(*leaves)), 2 * rules.most)
+    async with Visitor(proxy) as visitor:
+        async with asyncio.timeout(SOON):
+            await visitor.narinfos(*wanted, root)
+            await busy.wait()
+            await visitor.narinfos(own)
+            assert await visitor.nar(own) == "MISS"
+        assert gate.arrivals == 2 * rules.most
+        gate.open()
+
+
+async def test_sizes_that_nobody_says(sim: StartSimulator, start: Start) -> None:
+    """Without FileSize a NAR counts as what is signed, so a large one does not slip through."""
+    small, large = (
+        entry(f"path-{size}", size).but(fields={"FileSize": None}) for size in (1_000, 3_000_000)
+    )
+    cache = await sim(small, large)
+    proxy = await start(cache, LookAhead(budget=2_000_000))
+    async with Visitor(proxy) as visitor:
+        await visitor.narinfos(large, small)
+        await proxy.idle()
+
+    assert asked(cache, "/nar/") == nar_paths(small)
+
+
+async def test_what_was_not_walked_is_walked_for_the_next(
+    sim: StartSimulator, start: Start
+) -> None:
+    """What a client left unwalked is walked when the next one asks for the same root."""
+    third = entry("third")
+    second = entry("second", 100, third)
+    first = entry("first", 100, second)
+    root = entry("root", 100, first)
+    cache = await sim(root, first, second, third)
+    gate = Gate(None)
+    cache.fault(second.narinfo_path, gate)
+    proxy = await start(cache, NARINFOS_ONLY)
+    async with Visitor(proxy) as visitor:
+        await visitor.narinfos(root)
+        await gate.reached.wait()
+    gate.open()
+    await proxy.idle()
+    assert cache.gets(third.narinfo_path) == 0
+    async with Visitor(proxy) as visitor:
+        await visitor.narinfos(root)
+        await proxy.idle()
+
+    assert narinfos_asked(cache) == narinfo_paths(root, first, second, third)
+
+
+async def test_one_that_leaves_takes_nothing_from_another(
+    sim: StartSimulator, start: Start
+) -> None:
+    """Two clients want the same; what one has queued is done for the other."""
+    leaves = entries("leaf", 12)
+    root = entry("root", 100, *leaves)
+    cache = await sim(root, *leaves)
+    gate = Gate(None)
+    held_up = cache.fault(one_of(narinfo_paths(*leaves)), gate)
+    rules = LookAhead(connections=8)
+    busy = cache.expect(one_of(narinfo_paths(*leaves)), rules.most)
+    proxy = await start(cache, rules)
+    async with Visitor(proxy, "127.0.0.2") as stays:
+        async with Visitor(proxy) as leaves_early:
+            await leaves_early.narinfos(root)
+            await busy.wait()
+            await stays.narinfos(root)
+        held_up.lift()
+        gate.open()
+        await proxy.idle()
+
+    assert narinfos_asked(cache) == narinfo_paths(root, *leaves)
+
+
+async def test_nothing_is_evicted_for_it(
+    sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked for stays; what is fetched ahead takes only the room that is left."""
+    monkeypatch.setattr(index, "COMMIT_INTERVAL", 0.2)
+    asked_for, ahead = entry("asked-for", 700_000), entries("ahead", 10, 100_000)
+    cache = await sim(asked_for, *ahead)
+    proxy = await start(
+        cache, LookAhead(narinfos=False, nars=False), limits=Limits(max_size=1_000_000)
+    )
+    async with Visitor(proxy, "127.0.0.2") as visitor:
+        await visitor.narinfos(asked_for)
+        await visitor.nar(asked_for)
+        await proxy.idle()
+    await proxy.eventually(lambda: proxy.store.room < 300_000)
+    proxy.prefetch.configure(NARS_ONLY)
+    async with Visitor(proxy) as visitor:
+        await visitor.narinfos(*ahead)
+        await proxy.idle()
+        fetched = [path for path in ahead if cache.gets(path.nar_path)]
+        await proxy.eventually(lambda: proxy.store.totals.paths == 1 + len(fetched))
+        assert await visitor.nar(asked_for) == "HIT"
+
+    assert 1 <= len(fetched) <= 2
+    assert proxy.observed(Evicted) == []
+    assert proxy.store.totals.bytes <= 950_000

@@ -324,3 +324,92 @@ async def test_close_ends_everything(
     assert files_open_below(tmp_path) == []
     assert proxy.partials == []
     assert len(cache.requests) == 12
+
+
+@given(connections=st.integers(2, 1_000))
+def test_connections_are_left_to_clients(connections: int) -> None:
+    """Lookups and downloads together never take all connections, however few there are."""
+    assert 2 * LookAhead(connections=connections).most < connections
+
+
+async def test_memory_of_walked_paths(
+    sim: StartSimulator, key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much there is to walk, it ends, nothing is asked for twice, and little is remembered."""
+    monkeypatch.setattr(prefetch, "WALKED", 5)
+    paths = closure(30, compressions=("none",))
+    cache = await sim(*paths)
+    async with InsideProxy(
+        tmp_path, cache.url, keys=[key.public], look_ahead=NARINFOS_ONLY
+    ) as proxy:
+        proxy.prefetch.connected("10.0.0.1")
+        proxy.prefetch.asked_narinfo("10.0.0.1", await known(proxy, paths[0]))
+        await proxy.idle()
+        assert len(proxy.prefetch._clients["10.0.0.1"].walked) <= 5
+
+    assert {cache.gets(path.narinfo_path) for path in paths} <= {0, 1}
+    assert len(cache.requests) >= 5
+
+
+async def test_memory_of_what_is_asked_for(
+    sim: StartSimulator, key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that asks for ever, and may have nothing, does not fill the memory."""
+    monkeypatch.setattr(prefetch, "WALKED", 5)
+    paths = [entry(f"path{number}") for number in range(20)]
+    cache = await sim(*paths)
+    rules = LookAhead(budget=0)
+    async with InsideProxy(tmp_path, cache.url, keys=[key.public], look_ahead=rules) as proxy:
+        told = await known_all(proxy, paths)
+        proxy.prefetch.connected("10.0.0.1")
+        for _ in range(10):
+            for path in told:
+                proxy.prefetch.asked_narinfo("10.0.0.1", path)
+        client = proxy.prefetch._clients["10.0.0.1"]
+        assert len(client.asked) <= 5
+        assert len(client.wanted) <= 5
+
+
+async def test_turned_off_with_work_queued(
+    sim: StartSimulator, key: SigningKey, tmp_path: Path
+) -> None:
+    """What is only queued when the look-ahead is turned off is not done any more."""
+    leaves = [entry(f"leaf{number}") for number in range(4)]
+    root = entry("root", 100, *leaves)
+    wanted = [entry(f"wanted{number}") for number in range(4)]
+    cache = await sim(root, *leaves, *wanted)
+    gate = Gate(None)
+    rules = LookAhead(connections=4)
+    async with InsideProxy(tmp_path, cache.url, keys=[key.public], look_ahead=rules) as proxy:
+        await proxy.eventually(lambda: proxy.store.room)
+        told = await known_all(proxy, [*wanted, root])
+        cache.reset_counts()
+        cache.fault("/", gate)
+        started = cache.expect("/", 2)
+        proxy.prefetch.connected("10.0.0.1")
+        for path in told:
+            proxy.prefetch.asked_narinfo("10.0.0.1", path)
+        await started.wait()
+        proxy.prefetch.configure(LookAhead(narinfos=False, nars=False, connections=4))
+        gate.open()
+        await proxy.idle()
+
+    assert (cache.gets("*.narinfo"), cache.gets("/nar/")) == (1, 1)
+
+
+async def test_close_before_anything_has_begun(
+    sim: StartSimulator, key: SigningKey, tmp_path: Path
+) -> None:
+    """What was started a moment ago, and has not run yet, ends without a word."""
+    leaf = entry("leaf")
+    root = entry("root", 100, leaf)
+    cache = await sim(root, leaf)
+    async with InsideProxy(tmp_path, cache.url, keys=[key.public], look_ahead=LookAhead()) as proxy:
+        await proxy.eventually(lambda: proxy.store.room)
+        told = await known(proxy, root)
+        proxy.prefetch.connected("10.0.0.1")
+        proxy.prefetch.asked_narinfo("10.0.0.1", told)
+        assert (len(proxy.prefetch._lookups), len(proxy.prefetch._downloads)) == (1, 1)
+        await proxy.prefetch.close()
+
+    assert cache.gets("/nar/") == cache.gets(leaf.narinfo_path) == 0

@@ -133,11 +133,11 @@ class Index:
         self._totals = database.totals
         found: Iterator[Found] = iter(())
         if agrees:
+            self._measure(database)
             self._scanned.set()
         else:
             database.start_over()
             found = scan(self._layout)
-        self._measure(database)
         while not self._closing:
             if not self._scanned.is_set():
                 self._scan_slice(database, found)
@@ -162,6 +162,7 @@ class Index:
         self._totals = database.totals
         if looked_at == 0:
             database.scanned()
+            self._measure(database)
             self._scanned.set()
 
     def _gather(self) -> list[_Note]:

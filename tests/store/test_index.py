@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy.store import index as index_module
 from proxy.store.database import Totals
 from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.index import Index
@@ -606,6 +607,25 @@ def test_room_grows_and_shrinks(box: Box) -> None:
     box.close()
 
     assert index.totals == on_disk(box.layout.root)
+
+
+def test_no_room_before_the_folder_is_known(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of which nobody knows yet how full it is, after a crash, has no room."""
+    monkeypatch.setattr(index_module, "SLICE", 1)
+    box.scanned()
+    for number in range(40):
+        box.path(number, 20_000)
+    totals = box.close()
+    box.forget_close()
+    index = box.open(Limits(max_size=2_000_000))
+    rooms = {index.room}
+    while not index.wait_scanned(0):
+        rooms.add(index.room)
+    _eventually(lambda: index.room > 0)
+    box.close()
+
+    assert index.room == 1_900_000 - totals.bytes
+    assert rooms <= {0, index.room}
 
 
 def test_room_after_a_restart(box: Box) -> None:
