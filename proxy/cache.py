@@ -22,16 +22,17 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 from proxy.answers import Content, Text
-from proxy.errors import NotFoundError, ProxyError
-from proxy.events import COALESCED, HIT, MISS, PREFETCHED, Fault, Observer, Result
+from proxy.errors import NotFoundError, ProxyError, StoreError
+from proxy.events import COALESCED, HIT, MISS, PREFETCHED, Fault, Observer, Result, StoreFailed
 from proxy.failover import Failover
 from proxy.fetch import Fetch, Reader, Supply
 from proxy.known import KnownPath, KnownPaths
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
 from proxy.recent import Recent
+from proxy.store.files import OpenFile
 from proxy.store.folder import Store
-from proxy.supplier import Supplier, closed, opened
+from proxy.supplier import Supplier
 
 T = TypeVar("T")
 
@@ -203,7 +204,7 @@ class Cache:
             StoreError: The disk failed.
         """
         key = str(name)
-        file = self._store.open_nar(name)
+        file = self._if_readable(key, lambda: self._store.open_nar(name))
         if file is not None:
             result = PREFETCHED if self._was_ahead(key) else HIT
             return Content(file, None, self._known.etag(name), result, self._published_by(name))
@@ -266,15 +267,23 @@ class Cache:
             StoreError: The disk failed.
         """
         result: Result = HIT
-        file = self._store.open_file(path)
+        file = self._if_readable(path, lambda: self._store.open_file(path))
         if file is None:
             result = COALESCED if path in self._asked else MISS
             with self._absence(path):
-                await self._once(path, lambda: self._keep_file(path))
-            file = self._store.open_file(path)
+                unkept = await self._once(path, lambda: self._supplier.keep_file(path))
+            file = self._store.open_file(path) if unkept is None else OpenFile.holding(unkept)
         if file is None:
             raise NotFoundError(f"{path} is gone again")
         return Content(file, None, None, result, "")
+
+    def _if_readable(self, what: str, open_it: Callable[[], OpenFile | None]) -> OpenFile | None:
+        """Open what is in the store; what the disk cannot read is reported, and asked for upstream."""
+        try:
+            return open_it()
+        except StoreError as error:
+            self._observer(StoreFailed(what, str(error)))
+            return None
 
     def _published_by(self, name: NarName) -> str:
         """Return the upstream of a NAR in the store, and make good a narinfo that a crash withheld."""
@@ -321,7 +330,7 @@ class Cache:
     ) -> tuple[Reader, Result]:
         """Join the fetch that is under way, or start it; and wait until there is something to read."""
         fetch, result = self._fetches.get(key), COALESCED
-        if fetch is None:
+        if fetch is None or not fetch.can_be_joined:
             self._refuse_if_absent(key)
             fetch, result = self._start(key, open_supply), MISS
         reader = fetch.attach()  # before anything is waited for: later it may be over
@@ -339,7 +348,7 @@ class Cache:
         fetch = Fetch(
             key,
             open_supply=open_supply,
-            partial=self._store.partial(),
+            incoming=self._store.incoming(),
             executor=self._workers,
             observer=self._observer,
         )
@@ -349,7 +358,8 @@ class Cache:
                 await fetch.run()
             finally:
                 fetch.close()
-                del self._fetches[key]
+                if self._fetches.get(key) is fetch:  # not one for those who could not join this one
+                    del self._fetches[key]
             if isinstance(fetch.error, NotFoundError):
                 self._remember_absence(key)
 
@@ -369,18 +379,3 @@ class Cache:
         if error is not None and not isinstance(error, ProxyError):
             trace = "".join(traceback.format_exception(error))
             self._observer(Fault("a task of the cache", trace))  # who asked may have left
-
-    async def _keep_file(self, path: str) -> None:
-        """Download a file that is neither narinfo nor NAR, and publish it."""
-        offer = await self._failover.first(
-            lambda source: opened(source.upstream.file(path)), "file", path, discard=closed
-        )
-        stack, body = offer.value
-        partial = self._store.partial()
-        try:
-            async with stack:
-                await body.copy_decoded(partial.append)
-        except BaseException:
-            partial.discard()
-            raise
-        await self._store.publish_file(path, partial, origin=offer.upstream.name)

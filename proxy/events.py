@@ -86,6 +86,13 @@ class StoreFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreChanged:
+    """The disk keeps nothing any more, for ``reason``, and clients are served uncached; or it does again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
     """A verified NAR and its narinfo, or another file, are in the store for good."""
 
@@ -154,6 +161,7 @@ Event = (
     | FetchStarted
     | FetchEnded
     | StoreFailed
+    | StoreChanged
     | Published
     | Evicted
     | RequestServed

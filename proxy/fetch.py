@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Executor
@@ -21,13 +20,23 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from proxy.errors import ProxyError, SizeMismatchError, TrustError, UpstreamUnavailableError
+from proxy.errors import (
+    ProxyError,
+    SizeMismatchError,
+    StoreError,
+    TrustError,
+    UpstreamUnavailableError,
+)
 from proxy.events import FetchEnded, FetchStarted, Observer, Rejected
 from proxy.store.files import Partial
+from proxy.store.incoming import Cursor, Incoming
 
 HELD_BACK = 16 * 2**10
 """Bytes at the end that wait for the verdict: enough that what came before is useless to a program that
 ignores the cut connection, few enough that nobody waits for them."""
+
+LAG = 5.0
+"""Seconds that readers wait for a slower one, where memory is all there is; then it is left behind."""
 
 
 class Body(Protocol):
@@ -87,7 +96,7 @@ class Fetch:
         what: The file's name, for events.
         open_supply: Finds out where the file is, and connects. What goes wrong with the file later is
             raised inside of it.
-        partial: Where it is written to.
+        incoming: Where it is written to.
         executor: Worker threads for writing and verifying.
         observer: Told of start and end.
     """
@@ -97,7 +106,7 @@ class Fetch:
         what: str,
         *,
         open_supply: Callable[[], AbstractAsyncContextManager[Supply]],
-        partial: Partial,
+        incoming: Incoming,
         executor: Executor,
         observer: Observer,
     ) -> None:
@@ -109,32 +118,38 @@ class Fetch:
         self.error: ProxyError | None = None
         """Why the fetch failed."""
         self._open_supply = open_supply
-        self._partial = partial
+        self._incoming = incoming
         self._executor = executor
         self._observer = observer
         self._verified = False
         self._published = False
         self._changed = asyncio.Event()
+        self._moved = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     def __repr__(self) -> str:
-        return f"<Fetch {self.what} {self._partial.size}/{self.size} from {self.upstream!r}>"
+        return f"<Fetch {self.what} {self._incoming.size}/{self.size} from {self.upstream!r}>"
 
     @property
     def released(self) -> int:
         """Bytes that may be read."""
         if self._verified:
-            return self._partial.size
-        end = self._partial.size if self.size is None else self.size
-        return max(0, min(self._partial.size, end - HELD_BACK))
+            return self._incoming.size
+        end = self._incoming.size if self.size is None else self.size
+        return max(0, min(self._incoming.size, end - HELD_BACK))
+
+    @property
+    def can_be_joined(self) -> bool:
+        """Whether the beginning is still there; it is not for long where the disk does not take it."""
+        return self._incoming.begin == 0
 
     def attach(self) -> Reader:
         """Make a reader, which whoever asked for it closes; possible until the fetch is closed.
 
         Raises:
-            StoreError: There are no descriptors left.
+            StoreError: The beginning is not there any more.
         """
-        return Reader(self, self._partial.reader())
+        return Reader(self, self._incoming.cursor())
 
     async def wait_beyond(self, position: int) -> int:
         """Wait until bytes behind ``position`` may be read.
@@ -180,16 +195,21 @@ class Fetch:
             self._fail(UpstreamUnavailableError(self.upstream, "the fetch was given up"))
             raise
         else:
-            if supply.publish is not None:
+            partial = self._incoming.kept
+            if supply.publish is not None and partial is not None:
                 self._published = True
-                await supply.publish(self._partial)
+                await supply.publish(partial)
 
     def close(self) -> None:
-        """Let go of the partial file; readers have descriptors of their own."""
+        """Let go of the file; readers have descriptors of their own."""
         if self._published:
-            self._partial.close()
+            self._incoming.close()
         else:
-            self._partial.discard()
+            self._incoming.discard()
+
+    def moved(self) -> None:
+        """A reader has got further, or has left: there may be room for more."""
+        self._moved.set()
 
     async def _take(self, supply: Supply) -> None:
         """Download and verify."""
@@ -206,7 +226,7 @@ class Fetch:
         finally:
             seconds = time.monotonic() - began
             self._observer(
-                FetchEnded(self.what, self.upstream, self._partial.size, seconds, reason)
+                FetchEnded(self.what, self.upstream, self._incoming.size, seconds, reason)
             )
 
     async def _download(self, supply: Supply) -> None:
@@ -214,18 +234,36 @@ class Fetch:
         async with contextlib.aclosing(_ahead(supply.body)) as pieces:
             async for data in pieces:
                 await self._work(self._absorb, supply.verifier, data)
-        if self.size is not None and self._partial.size != self.size:
-            raise SizeMismatchError(f"{self._partial.size} bytes arrived instead of {self.size}")
+                await self._room()
+        if self.size is not None and self._incoming.size != self.size:
+            raise SizeMismatchError(f"{self._incoming.size} bytes arrived instead of {self.size}")
         await self._work(supply.verifier.finish)
-        self.size = self._partial.size
+        self.size = self._incoming.size
         self._verified = True
         self._wake()
 
     def _absorb(self, verifier: Verifier, data: bytes) -> None:
         """Write, let the readers have it, and only then spend time on verifying. On a worker thread."""
-        self._partial.append(data)
+        self._incoming.append(data)
         self._loop.call_soon_threadsafe(self._wake)
         verifier.feed(data)
+
+    async def _room(self) -> None:
+        """Wait for the readers, where memory is all there is.
+
+        Raises:
+            StoreError: Nobody reads what cannot be kept.
+        """
+        while self._incoming.crowded:
+            if not self._incoming.is_read:
+                raise StoreError("nobody reads it, and it cannot be kept")
+            self._moved.clear()
+            try:
+                async with asyncio.timeout(LAG):
+                    await self._moved.wait()
+            except TimeoutError:
+                if self._incoming.is_awaited(self.released):
+                    self._incoming.leave_behind()
 
     async def _work(self, step: Callable[..., None], *args: object) -> None:
         """Do a step on a worker thread; nothing is closed under its hands, even on cancellation."""
@@ -259,14 +297,18 @@ class Reader:
 
     Attributes:
         fetch: What it reads.
-        fd: The descriptor of the growing file.
     """
 
-    __slots__ = ("fd", "fetch")
+    __slots__ = ("_cursor", "fetch")
 
-    def __init__(self, fetch: Fetch, fd: int) -> None:
+    def __init__(self, fetch: Fetch, cursor: Cursor) -> None:
         self.fetch = fetch
-        self.fd = fd
+        self._cursor = cursor
+
+    @property
+    def fd(self) -> int:
+        """The descriptor for what `wait_beyond` has returned last."""
+        return self._cursor.fd
 
     @property
     def size(self) -> int | None:
@@ -274,18 +316,21 @@ class Reader:
         return self.fetch.size
 
     async def wait_beyond(self, position: int) -> int:
-        """Wait until bytes behind ``position`` may be read: `Fetch.wait_beyond`.
+        """Wait until bytes behind ``position`` may be read: `Fetch.wait_beyond`. `fd` is then for them.
 
         Raises:
             ProxyError: The fetch failed.
+            StoreError: The disk does not take the file, and this reader was too slow.
         """
-        return await self.fetch.wait_beyond(position)
+        self._cursor.position = position
+        self.fetch.moved()
+        end = await self.fetch.wait_beyond(position)
+        return self._cursor.advance(position, end) if end > position else end
 
     def close(self) -> None:
         """Close the descriptor; safe to repeat."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._cursor.close()
+        self.fetch.moved()
 
 
 def _agreed_size(expected: int | None, announced: int | None) -> int | None:

@@ -31,6 +31,7 @@ from proxy.events import (
     Rejected,
     RequestServed,
     Result,
+    StoreChanged,
     StoreFailed,
     UpstreamAnswered,
 )
@@ -70,6 +71,12 @@ class Metrics:
             "verification_failures", "Things that were not what was signed.", ("kind",)
         )
         self._store_failures = self._counter("store_failures", "Times that the local disk failed.")
+        self._store_writable = Gauge(
+            f"{PREFIX}_store_writable",
+            "1 while the local disk keeps what is fetched; else clients are served uncached.",
+            registry=self._registry,
+        )
+        self._store_writable.set(1)
         self._faults = self._counter("faults", "Faults of the proxy itself.")
         self._evicted = self._counter("evictions", "Files removed to make room.")
         self._evicted_bytes = self._counter("evicted_bytes", "Bytes on disk freed by that.")
@@ -129,6 +136,8 @@ class Metrics:
         match event:
             case StoreFailed():
                 self._store_failures.inc()
+            case StoreChanged(reason):
+                self._store_writable.set(not reason)
             case Evicted(_, size):
                 self._evicted.inc()
                 self._evicted_bytes.inc(size)

@@ -151,6 +151,37 @@ class Supplier:
         with self._reported(str(name)):
             await self._store.publish_narinfo(name, known.body, origin=known.origin)
 
+    async def keep_file(self, path: str) -> bytes | None:
+        """Download a file that is neither narinfo nor NAR, and publish it.
+
+        Returns:
+            What is in it, where the disk did not take it; else None.
+
+        Raises:
+            NotFoundError: No upstream has it.
+            UpstreamError: Nobody has it, as far as could be found out.
+            StoreError: The disk did not take it, and it is too much for memory.
+        """
+        offer = await self._failover.first(
+            lambda source: opened(source.upstream.file(path)), "file", path, discard=closed
+        )
+        stack, body = offer.value
+        incoming = self._store.incoming()
+        try:
+            async with stack:
+                incoming.append(b"")  # of an empty body nothing else arrives
+                await body.copy_decoded(incoming.append)
+            if incoming.kept is None:
+                return incoming.read_all()
+            try:
+                await self._store.publish_file(path, incoming.kept, origin=offer.upstream.name)
+            except StoreError as error:
+                self._observer(StoreFailed(path, str(error)))
+                return incoming.read_all()
+            return None
+        finally:
+            incoming.discard()
+
     @contextlib.contextmanager
     def _reported(self, what: str) -> Iterator[None]:
         """A disk that keeps nothing is no reason not to serve."""

@@ -142,7 +142,7 @@ class InsideProxy:
             observer=self.events.append,
             facts=lambda: Facts(list(self._upstreams), [], 0, 0, "test"),
             metrics=lambda: (b"# none\n", "text/plain"),
-            check_ready=self.store.check_writable,
+            check_store=self.store.check,
         )
         self.server.strict = self._strict
         self._listening = listening(

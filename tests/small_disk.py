@@ -25,7 +25,17 @@ def small_disk(folder: Path, *, size: int, inodes: int = 10_000) -> Iterator[Pat
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        unmount(folder)
+
+
+def unmount(folder: Path) -> None:
+    """Take away what is mounted at `folder`, also from under those who use it."""
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(folder: Path, *, size: int) -> None:
+    """Mount another, empty file system there."""
+    _mount("-t", "tmpfs", "-o", f"size={size}", "small-disk", str(folder)).check_returncode()
 
 
 def make_read_only(folder: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.events import Published, StoreFailed
+from proxy.events import Published, StoreChanged, StoreFailed
 from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunSimulator, StartSimulator
 from tests.daemon import DaemonProcess
@@ -391,7 +391,7 @@ def test_what_somebody_else_published(
 
 
 async def test_full_disk(tmp_path: Path, sim: StartSimulator, key: SigningKey) -> None:
-    """With the disk full what is here is served, what is not is "not here", and room ends it all."""
+    """With the disk full what is here is served, what is not is passed on, and room ends it all."""
     here = StoreEntry.make("here-1", random.Random("here").randbytes(50_000))
     missing = StoreEntry.make("missing-1", random.Random("missing").randbytes(50_000))
     upstream = await sim(here, missing)
@@ -404,10 +404,12 @@ async def test_full_disk(tmp_path: Path, sim: StartSimulator, key: SigningKey) -
             filler = fill(disk)
             assert (await proxy.get(nar_of_here))[::2] == (200, bytes(here.file))
             nar_of_missing = await proxy.nar_url(missing.hash_part)
-            assert (await proxy.get(nar_of_missing))[0] == 404
+            assert (await proxy.get(nar_of_missing))[::2] == (200, bytes(missing.file))
+            await proxy.until(lambda: proxy.observed(StoreChanged))
             assert any("No space left" in event.reason for event in proxy.observed(StoreFailed))
             assert complete_paths(disk / "store", [key]) == {here.hash_part}
 
             filler.unlink()
+            await proxy.until(lambda: not proxy.store.not_keeping)
             assert (await proxy.get(nar_of_missing))[::2] == (200, bytes(missing.file))
         assert complete_paths(disk / "store", [key]) == {here.hash_part, missing.hash_part}

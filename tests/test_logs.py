@@ -33,6 +33,7 @@ from proxy.events import (
     Published,
     Rejected,
     RequestServed,
+    StoreChanged,
     StoreFailed,
     UpstreamAnswered,
 )
@@ -97,6 +98,8 @@ LOUDNESS: list[tuple[Event, str]] = [
     (FetchEnded("x.nar", "up0", 100, 0.5, None), "info"),
     (FetchEnded("x.nar", "up0", 100, 0.5, "it was cut"), "warning"),
     (StoreFailed("x.nar", "no space left"), "error"),
+    (StoreChanged("no space left"), "error"),
+    (StoreChanged(""), "info"),
     (Published("x.nar", "up0"), "debug"),
     (Evicted("x.nar", 100), "debug"),
     (_served(), "debug"),

@@ -116,14 +116,16 @@ async def test_health_does_not_depend_on_upstreams(served: Served) -> None:
     assert served.cache.requests == []
 
 
-async def test_not_ready_without_a_disk(served: Served) -> None:
-    """With a store that cannot be written we live but are not ready, and ready again afterwards."""
+async def test_ready_without_a_disk(served: Served) -> None:
+    """With a store that cannot be written we serve, and say why nothing is kept, until it is."""
     partials = served.proxy.store.layout.partials
-    away = partials.rename(partials.with_name("away"))
-    assert (await served.ask("/readyz")).status == 503
+    partials.rmdir()
+    partials.touch()
+    answer = await served.ask("/readyz")
+    assert (answer.status, answer.body.partition(b": ")[0]) == (200, b"ready, but not keeping")
     assert (await served.ask("/healthz")).status == 200
-    away.rename(partials)
-    assert (await served.ask("/readyz")).status == 200
+    partials.unlink()
+    assert (await served.ask("/readyz")).body == b"ready\n"
 
 
 async def test_not_ready_while_stopping(served: Served) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import urljoin, urlsplit
 
 import pytest
 
-from proxy.events import Published, StoreFailed
+from proxy.events import Published, StoreChanged, StoreFailed
 from tests.blobs import Blob, compress
 from tests.closures import SigningKey, StoreEntry, random_hash_part
 from tests.conftest import StartSimulator
@@ -205,13 +205,18 @@ async def test_many_who_want_a_file_are_one_request(
 
 
 async def test_a_disk_that_keeps_nothing(proxy: InsideProxy) -> None:
-    """A file that cannot be kept is an answer that Nix passes over, and there once it can be."""
+    """A file that cannot be kept is passed on, and kept once it can be."""
     (proxy.folder / "log").rmdir()
     (proxy.folder / "log").write_bytes(b"in the way")
-    assert (await proxy.pull(LOG_PATH)).status == 404
-    assert proxy.partials == []
-    (proxy.folder / "log").unlink()
     assert (await proxy.pull(LOG_PATH)).body == LOG
+    await proxy.until(lambda: proxy.observed(StoreChanged))
+    assert (await proxy.pull(LOG_PATH)).body == LOG
+    assert proxy.partials == []
+    assert not proxy.observed(Published)
+    (proxy.folder / "log").unlink()
+    assert await proxy.store.check() == ""
+    assert (await proxy.pull(LOG_PATH)).body == LOG
+    assert proxy.observed(Published)
 
 
 async def test_the_next_upstream_has_it(

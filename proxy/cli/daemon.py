@@ -148,7 +148,7 @@ class Daemon:
             observer=self._observe,
             facts=lambda: self._facts(store),
             metrics=self._metrics.render,
-            check_ready=store.check_writable,
+            check_store=store.check,
         )
         server.strict = self._config.policy.upstream_down == "error"
         return server

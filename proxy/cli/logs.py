@@ -28,6 +28,7 @@ from proxy.events import (
     Published,
     Rejected,
     RequestServed,
+    StoreChanged,
     StoreFailed,
     UpstreamAnswered,
 )
@@ -108,6 +109,7 @@ class EventLog:
 
     def __init__(self) -> None:
         self._failing: set[str] = set()
+        self._keeps = True
 
     def __call__(self, event: Event) -> None:
         """Log an event."""
@@ -116,8 +118,8 @@ class EventLog:
                 self._upstream_answered(event)
             case Rejected(upstream, what, kind, reason):
                 log.warning("refused", upstream=upstream, what=what, kind=kind, reason=reason)
-            case StoreFailed(what, reason):
-                log.error("the store failed", what=what, reason=reason)
+            case StoreFailed() | StoreChanged():
+                self._log_store(event)
             case FastlaneClosed(reason):
                 log.warning("the fast lane is closed", reason=reason)
             case NotDecoded(what, compression):
@@ -130,6 +132,18 @@ class EventLog:
                 _log_reload(event)
             case FetchStarted() | Published() | Evicted() | RequestServed() | FastlaneServed():
                 log.debug(_NAMES[type(event)], **asdict(event))
+
+    def _log_store(self, event: StoreFailed | StoreChanged) -> None:
+        """Say what failed, but not again and again while it is known that nothing is kept."""
+        if isinstance(event, StoreFailed):
+            tell = log.error if self._keeps else log.debug
+            tell("the store failed", what=event.what, reason=event.reason)
+            return
+        self._keeps = not event.reason
+        if event.reason:
+            log.error("the store keeps nothing; clients are served uncached", reason=event.reason)
+        else:
+            log.info("the store keeps what is fetched again")
 
     def _upstream_answered(self, event: UpstreamAnswered) -> None:
         """Say once that an upstream has begun to fail, and once that it has recovered."""

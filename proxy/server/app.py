@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,7 @@ from aiohttp import HttpVersion11, web
 from proxy import errors
 from proxy.answers import Content
 from proxy.cache import Cache
-from proxy.errors import ProxyError, RangeError, StoreError
+from proxy.errors import ProxyError, RangeError
 from proxy.events import Fault, Observer, RequestServed, Result
 from proxy.fetch import Reader
 from proxy.nix import resource
@@ -81,7 +81,7 @@ class Server:
         observer: Told of every answer.
         facts: What the page says.
         metrics: Renders the metrics, and names their content type.
-        check_ready: Raises `StoreError` when we cannot serve.
+        check_store: Finds out why the disk keeps nothing; an empty text while it does.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Server:
         observer: Observer,
         facts: Callable[[], Facts],
         metrics: Callable[[], tuple[bytes, str]],
-        check_ready: Callable[[], None],
+        check_store: Callable[[], Awaitable[str]],
     ) -> None:
         self._cache = cache
         self._cache_info = cache_info.format()
@@ -102,7 +102,7 @@ class Server:
         self.lane = FastLane(cache, observer, prefetch)
         self._facts = facts
         self._metrics = metrics
-        self._check_ready = check_ready
+        self._check_store = check_store
         self.strict = False
         """Answer 502 instead of 404 when an upstream failed and nobody has the path."""
         self.draining = False
@@ -172,7 +172,7 @@ class Server:
                 return _text(200, "ok")
             case "/readyz":
                 outcome.route = "health"
-                return self._readiness()
+                return await self._readiness()
             case _:
                 return await self._resource(request, wanted, outcome)
 
@@ -266,12 +266,12 @@ class Server:
         page = render(self._facts(), request.headers.get("Host"))
         return web.Response(text=page, content_type="text/html")
 
-    def _readiness(self) -> web.Response:
-        try:
-            self._check_ready()
-        except StoreError as error:
-            return _text(503, str(error))
-        return _text(503, "stopping") if self.draining else _text(200, "ready")
+    async def _readiness(self) -> web.Response:
+        """Tell whether we serve. We do so without a disk, too, and an operator has to know."""
+        if self.draining:
+            return _text(503, "stopping")
+        reason = await self._check_store()
+        return _text(200, f"ready, but not keeping: {reason}" if reason else "ready")
 
 
 @dataclass(slots=True)

@@ -62,16 +62,15 @@ class Delivery:
             ClientGoneError: The client has left or does not read.
             ProxyError: The fetch or the disk failed; part of the answer has been sent.
         """
-        fd = self._file.fd
         try:
             async with _gone_if_stalled():
                 writer = await self._response.prepare(self._request)
             if writer is None or self._request.transport is None:
                 raise ClientGoneError
             if span is None:
-                await self._copy_all(fd)
+                await self._copy_all()
             else:
-                await self._sendfile(fd, span, self._request.transport, writer)
+                await self._sendfile(span, self._request.transport, writer)
             async with _gone_if_stalled():
                 await self._response.write_eof()
         except OSError as error:
@@ -82,11 +81,11 @@ class Delivery:
         if self._request.transport is not None:
             self._request.transport.abort()
 
-    async def _copy_all(self, fd: int) -> None:
+    async def _copy_all(self) -> None:
         """Send a file whose size nobody knows, in chunks of HTTP."""
         while (end := await self._file.wait_beyond(self.sent)) > self.sent:
             with disk("cannot read"):
-                piece = os.pread(fd, min(PIECE, end - self.sent), self.sent)
+                piece = os.pread(self._file.fd, min(PIECE, end - self.sent), self.sent)
             if not piece:
                 raise _too_short(self.sent, end)
             async with _gone_if_stalled():
@@ -94,7 +93,7 @@ class Delivery:
             self.sent += len(piece)
 
     async def _sendfile(
-        self, fd: int, span: Span, transport: asyncio.Transport, writer: AbstractStreamWriter
+        self, span: Span, transport: asyncio.Transport, writer: AbstractStreamWriter
     ) -> None:
         async with _gone_if_stalled():
             await writer.drain()  # to the last byte: `connection` has set the limit to 0
@@ -103,7 +102,7 @@ class Delivery:
             while position < span.stop:
                 end = min(span.stop, await self._file.wait_beyond(position))
                 while position < end:
-                    count = await _send_some(socket, fd, position, end - position)
+                    count = await _send_some(socket, self._file.fd, position, end - position)
                     position += count
                     self.sent += count
                     if position < span.stop:

@@ -48,6 +48,18 @@ class OpenFile:
                 return None
             return cls(fd, os.fstat(fd).st_size)
 
+    @classmethod
+    def holding(cls, content: bytes) -> Self:
+        """Make a file of memory that holds something small which the disk did not take.
+
+        Raises:
+            StoreError: There are no descriptors left.
+        """
+        with disk("cannot use memory"):
+            file = cls(os.memfd_create("file", os.MFD_CLOEXEC), len(content))
+            os.pwrite(file.fd, content, 0)
+            return file
+
     async def wait_beyond(self, _position: int) -> int:
         """Return how far the file may be read: a complete one to its end."""
         return self.size

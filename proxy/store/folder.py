@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from proxy.errors import StoreError, StoreLockedError
@@ -21,10 +22,15 @@ from proxy.nix.store_path import HashPart
 from proxy.store.database import Totals
 from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.files import OpenFile, Partial, disk
+from proxy.store.incoming import Incoming
 from proxy.store.index import Index
 from proxy.store.layout import SIDE_FOLDERS, Layout
 from proxy.store.publisher import Publication, Publisher, Rename
 from proxy.store.scan import remove_leftovers
+from proxy.store.watch import Watch
+
+PROBE = 64 * 2**10
+"""Bytes written to find out whether the disk keeps anything."""
 
 
 class Store:
@@ -67,6 +73,12 @@ class Store:
             self.layout, self._on_index_failure, limits=limits, on_evicted=self._on_evicted
         )
         self._publisher = Publisher(self._on_published)
+        self._watch = Watch(self._probe, observer)
+
+    @property
+    def not_keeping(self) -> str:
+        """Why the disk keeps nothing at the moment; empty while it does."""
+        return self._watch.reason
 
     @property
     def totals(self) -> Totals:
@@ -76,22 +88,15 @@ class Store:
     @property
     def room(self) -> int:
         """Bytes that can be kept before anything has to be evicted."""
-        return self._index.room
+        return 0 if self.not_keeping else self._index.room
 
-    def check_writable(self) -> None:
-        """Write and remove a small file, which takes room.
-
-        Raises:
-            StoreError: The folder cannot be written.
-        """
-        partial = self.partial()
-        try:
-            partial.append(bytes(4096))
-        finally:
-            partial.discard()
+    async def check(self) -> str:
+        """Find out, by writing, whether the disk keeps anything; return `not_keeping`."""
+        return await self._watch.check()
 
     async def close(self) -> None:
         """Publish what is verified, write the index, and let go of the folder."""
+        await self._watch.close()
         await asyncio.to_thread(self._publisher.close)
         await asyncio.to_thread(self._index.close)
         os.close(self._lock)
@@ -117,9 +122,11 @@ class Store:
 
         It is not flushed to the disk: losing it costs one question to the upstream.
         """
+        if self.not_keeping:
+            return
         path = self.layout.remembered_narinfo(upstream, hash_part)
         try:
-            with disk("cannot remember a narinfo"):
+            with self._watched(), disk("cannot remember a narinfo"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._write(path, text)
         except StoreError as error:
@@ -158,6 +165,10 @@ class Store:
         """
         return self._open(self.layout.file(path))
 
+    def incoming(self) -> Incoming:
+        """Start a file that can be published later if the disk takes it, and passed on if it does not."""
+        return Incoming(None if self.not_keeping else self.partial, self._on_refused)
+
     def partial(self) -> Partial:
         """Start a file that can be published later.
 
@@ -181,7 +192,8 @@ class Store:
             StoreError: The disk failed; nothing has its final name that is not complete.
         """
         try:
-            text = self._written(narinfo)
+            with self._watched():
+                text = self._written(narinfo)
         except StoreError:
             partial.discard()
             raise
@@ -202,7 +214,8 @@ class Store:
         """
         target = self.layout.narinfo(name.hash_part)
         superseded = (self.layout.remembered_narinfo(origin, name.hash_part),)
-        renames = (Rename(self._written(narinfo), target),)
+        with self._watched():
+            renames = (Rename(self._written(narinfo), target),)
         await self._publish(Publication(renames, origin=origin, superseded=superseded))
         if not self.has_nar(name):  # evicted meanwhile
             with contextlib.suppress(OSError):
@@ -217,7 +230,7 @@ class Store:
         partial.close()
         target = self.layout.file(path)
         try:
-            with disk(f"cannot keep {path}"):
+            with self._watched(), disk(f"cannot keep {path}"):
                 target.parent.mkdir(parents=True, exist_ok=True)
         except StoreError:
             partial.discard()
@@ -225,7 +238,52 @@ class Store:
         await self._publish(Publication(renames=(Rename(partial.path, target),), origin=origin))
 
     async def _publish(self, publication: Publication) -> None:
-        await asyncio.wrap_future(self._publisher.submit(publication))
+        with self._watched():
+            await asyncio.wrap_future(self._publisher.submit(publication))
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """When something cannot be written, find out whether that is so in general."""
+        try:
+            yield
+        except StoreError:
+            self._watch.failed()
+            raise
+
+    def _on_refused(self, error: StoreError) -> None:
+        """The disk does not take a download. Called on the thread that writes it."""
+        self._loop.call_soon_threadsafe(self._observer, StoreFailed("a download", str(error)))
+        self._watch.failed()
+
+    def _probe(self) -> None:
+        """Write, flush and remove a small file. Called on a thread.
+
+        Raises:
+            StoreError: The disk keeps nothing.
+        """
+        with disk(f"cannot use {self.layout.root} as the store"):
+            self._recover_folder()
+        partial = self.partial()
+        try:
+            partial.append(bytes(PROBE))
+            partial.flush()
+        finally:
+            partial.discard()
+
+    def _recover_folder(self) -> None:
+        """Make what somebody removed, or see that a file system that was gone is there again.
+
+        What is below a mount point while nothing is mounted there is not the store's to fill.
+        """
+        lock = self.layout.lock
+        if lock.exists() and os.path.samestat(lock.stat(), os.fstat(self._lock)):
+            self._make_folders()
+            return
+        if not lock.exists() and _device_of(self.layout.root) != os.fstat(self._lock).st_dev:
+            raise StoreError(f"the file system of {self.layout.root} is not there")
+        self._make_folders()
+        gone, self._lock = self._lock, _take_lock(lock)
+        os.close(gone)
 
     def _on_published(self, publication: Publication) -> None:
         """Called on the publisher's thread."""
@@ -287,6 +345,13 @@ def _read(path: Path) -> bytes | None:
             return path.read_bytes()
         except FileNotFoundError:
             return None
+
+
+def _device_of(path: Path) -> int:
+    """Return the device that a path is on, or would be on."""
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
 
 
 def _take_lock(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from proxy.errors import StoreError, StoreLockedError
-from proxy.events import Event, Published, StoreFailed
+from proxy.events import Event, Published, StoreChanged, StoreFailed
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.store_path import HashPart
 from proxy.store.folder import Store
 from tests.closures import StoreEntry, closure
 from tests.daemon import DaemonProcess
 from tests.nix_client import NixClient
-from tests.small_disk import fill, make_read_only, small_disk
+from tests.small_disk import fill, make_read_only, remount, small_disk, unmount
 from tests.store.publishing import KEY, PATIENCE, nar_name, narinfo_text, publish
 from tests.store.test_index import on_disk
 
@@ -265,7 +266,7 @@ async def test_lock_ends_with_the_process(tmp_path: Path, opened: Opened) -> Non
     finally:
         await asyncio.to_thread(daemon.kill)
 
-    opened(daemon.store).check_writable()
+    assert await opened(daemon.store).check() == ""
 
 
 def test_second_daemon_says_why(tmp_path: Path) -> None:
@@ -359,7 +360,7 @@ async def test_failed_start_lets_go_of_the_folder(tmp_path: Path, opened: Opened
         opened(tmp_path)
     (tmp_path / "nix-cache-info").rmdir()
 
-    opened(tmp_path).check_writable()
+    assert await opened(tmp_path).check() == ""
 
 
 # --- disks that fail --------------------------------------------------------------------------
@@ -368,18 +369,46 @@ async def test_failed_start_lets_go_of_the_folder(tmp_path: Path, opened: Opened
 async def test_writable(tmp_path: Path, opened: Opened) -> None:
     """The check of a folder that can be written passes, and leaves nothing behind."""
     store = opened(tmp_path)
-    store.check_writable()
+    assert await store.check() == store.not_keeping == ""
 
     assert list(store.layout.partials.iterdir()) == []
 
 
 async def test_not_writable(tmp_path: Path, opened: Opened) -> None:
-    """The check of a folder that is gone fails."""
+    """The check of a folder that cannot be written says why, each way once, until it can."""
     store = opened(tmp_path)
-    store.layout.partials.rmdir()
+    store.layout.nars.rmdir()
+    store.layout.nars.touch()
+    for _ in range(2):
+        assert "File exists" in await store.check()
+    assert store.room == 0
+    store.layout.nars.unlink()
+    assert await store.check() == ""
 
-    with pytest.raises(StoreError):
-        store.check_writable()
+    changes = [event for event in opened.events if isinstance(event, StoreChanged)]
+    assert [bool(change.reason) for change in changes] == [True, False]
+
+
+async def test_folder_that_was_removed(tmp_path: Path, opened: Opened) -> None:
+    """A folder that somebody removed is made again, and is locked as before."""
+    store = opened(tmp_path / "store")
+    shutil.rmtree(store.layout.root)
+    assert await store.check() == ""
+    await publish(store, StoreEntry.make("one-1"))
+
+    with pytest.raises(StoreLockedError):
+        opened(tmp_path / "store")
+
+
+async def test_file_system_that_was_unmounted(tmp_path: Path, opened: Opened) -> None:
+    """Nothing is written below the mount point of a file system that is gone."""
+    with small_disk(tmp_path / "disk", size=2**24) as disk:
+        store = opened(disk)
+        unmount(disk)
+        assert "is not there" in await store.check()
+        assert list(disk.iterdir()) == []
+        remount(disk, size=2**24)  # for whoever unmounts it
+        await opened.close()
 
 
 async def test_full_disk_is_not_writable(tmp_path: Path, opened: Opened) -> None:
@@ -387,10 +416,9 @@ async def test_full_disk_is_not_writable(tmp_path: Path, opened: Opened) -> None
     with small_disk(tmp_path / "disk", size=2**20) as disk:
         store = opened(disk)
         filler = fill(disk)
-        with pytest.raises(StoreError, match="No space left"):
-            store.check_writable()
+        assert "No space left" in await store.check()
         filler.unlink()
-        store.check_writable()
+        assert await store.check() == ""
         await opened.close()
 
 
@@ -411,8 +439,6 @@ async def test_read_only_disk(tmp_path: Path, opened: Opened) -> None:
 
         assert store.narinfo(HashPart(old.hash_part)) == narinfo_text(old)
         assert store.has_nar(nar_name(old))
-        with pytest.raises(StoreError, match="Read-only file system"):
-            store.check_writable()
         with pytest.raises(StoreError, match="Read-only file system"):
             await publish(store, new)
         store.remember_narinfo("up0", HASH, b"text")
@@ -508,8 +534,8 @@ async def test_close_after_the_folder_is_gone(tmp_path: Path, opened: Opened) ->
     """A store whose folder somebody took away can still be closed."""
     store = opened(tmp_path / "store")
     store.layout.root.rename(tmp_path / "elsewhere")
-    with pytest.raises(StoreError):
-        store.check_writable()
+    store.layout.root.touch()
+    assert "Not a directory" in await store.check()
 
     await asyncio.wait_for(opened.close(), PATIENCE)
 
