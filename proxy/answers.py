@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 from proxy.events import Result
-from proxy.fetch import Reader
 from proxy.known import KnownPath
-from proxy.store.files import OpenFile
+
+
+class File(Protocol):
+    """A file to be read at any position: `proxy.store.files.OpenFile`, `proxy.fetch.Reader`."""
+
+    @property
+    def fd(self) -> int:
+        """The descriptor for what `wait_beyond` has returned last."""
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the whole file; None while nobody knows."""
+
+    async def wait_beyond(self, position: int) -> int:
+        """Wait until bytes behind ``position`` may be read.
+
+        Returns:
+            How far the file may be read; ``position`` or less at its end.
+
+        Raises:
+            ProxyError: It does not arrive.
+        """
+
+    async def size_known(self) -> int:
+        """Wait until the size is known, and return it.
+
+        Raises:
+            ProxyError: It does not arrive.
+        """
+
+    def close(self) -> None:
+        """Close the descriptor; safe to repeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +66,7 @@ class Content:
     A context manager: what is open is closed at its end.
     """
 
-    file: OpenFile | Reader | None
+    file: File | None
     announced: int | None
     etag: str | None
     result: Result

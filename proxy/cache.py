@@ -124,6 +124,14 @@ class Cache:
         expires = self._absent.get(key)
         return expires is not None and self._clock() < expires
 
+    def absent_for(self, key: str) -> float:
+        """Return the seconds for which an absence is still remembered; 0 if it is not."""
+        return max(0.0, (self._absent.get(key) or 0.0) - self._clock())
+
+    def etag(self, name: NarName) -> str:
+        """Return the ETag of a NAR."""
+        return self._known.etag(name)
+
     @property
     def room(self) -> int:
         """Bytes that can be kept before anything has to be evicted."""
@@ -175,6 +183,7 @@ class Cache:
 
     def used(self, name: NarName) -> None:
         """Note that a NAR of the store was given to somebody past this cache."""
+        self._ahead.drop(str(name))
         self._store.used(name)
 
     async def narinfo(self, hash_part: HashPart) -> Text:

@@ -140,6 +140,31 @@ class FastlaneClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What an upstream said of a path led nowhere, and is known no longer."""
+
+    hash_part: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted:
+    """A process that accepts clients was started."""
+
+    number: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded:
+    """A process that accepts clients ended by itself, and is started again in ``pause`` seconds."""
+
+    number: int
+    pid: int
+    reason: str
+    pause: float
+
+
+@dataclass(frozen=True, slots=True)
 class ConfigReloaded:
     """SIGHUP came: the new configuration is in force, or ``error`` says why the old one stays."""
 
@@ -167,6 +192,9 @@ Event = (
     | RequestServed
     | FastlaneServed
     | FastlaneClosed
+    | Forgotten
+    | WorkerStarted
+    | WorkerEnded
     | ConfigReloaded
     | Fault
 )

@@ -19,7 +19,6 @@ from typing import Generic, TypeVar
 from proxy.errors import (
     NotFoundError,
     ProxyError,
-    SignatureError,
     TrustError,
     UnverifiableError,
     UpstreamError,
@@ -136,13 +135,8 @@ class Failover:
         Raises:
             TrustError: None of them do.
         """
-        error: TrustError = SignatureError("there is nobody whose keys could be trusted")
-        for keyring in (self._keyring, *(source.keyring for source in self.sources)):
-            try:
-                return narinfo.verify(info, hash_part=hash_part, keyring=keyring)
-            except TrustError as reason:
-                error = reason
-        raise error
+        keyrings = (self._keyring, *(source.keyring for source in self.sources))
+        return narinfo.verify_by_any(info, hash_part=hash_part, keyrings=keyrings)
 
     async def narinfo(
         self,

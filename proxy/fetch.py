@@ -327,6 +327,14 @@ class Reader:
         end = await self.fetch.wait_beyond(position)
         return self._cursor.advance(position, end) if end > position else end
 
+    async def size_known(self) -> int:
+        """Wait until the size is known: `Fetch.size_known`.
+
+        Raises:
+            ProxyError: The fetch failed.
+        """
+        return await self.fetch.size_known()
+
     def close(self) -> None:
         """Close the descriptor; safe to repeat."""
         self._cursor.close()

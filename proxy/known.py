@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from proxy.errors import NotFoundError, ParseError, StoreError, TrustError
-from proxy.events import Observer, Rejected, StoreFailed
+from proxy.events import Forgotten, Observer, Rejected, StoreFailed
 from proxy.failover import Failover, Narinfo, Offer, Source
 from proxy.nix import narinfo
 from proxy.nix.nar_name import NarName
@@ -121,6 +121,7 @@ class KnownPaths:
         hash_part = known.info.store_path.hash_part
         self._hot.drop(hash_part)
         self._store.forget_narinfo(known.origin, hash_part)
+        self._observer(Forgotten(hash_part))
 
     def _stored(self, hash_part: HashPart) -> KnownPath | None:
         def recall() -> KnownPath | None:

@@ -6,7 +6,8 @@ or an upstream makes up becomes a label.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import resource
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import get_args
 
 from prometheus_client import (
@@ -18,6 +19,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from proxy import __version__
 from proxy.errors import TrustError
@@ -34,6 +37,7 @@ from proxy.events import (
     StoreChanged,
     StoreFailed,
     UpstreamAnswered,
+    WorkerEnded,
 )
 
 PREFIX = "nix_cache_proxy"
@@ -78,6 +82,9 @@ class Metrics:
         )
         self._store_writable.set(1)
         self._faults = self._counter("faults", "Faults of the proxy itself.")
+        self._restarts = self._counter(
+            "worker_restarts", "Workers that ended by themselves, and were started again."
+        )
         self._evicted = self._counter("evictions", "Files removed to make room.")
         self._evicted_bytes = self._counter("evicted_bytes", "Bytes on disk freed by that.")
         self._reload = Gauge(
@@ -95,7 +102,8 @@ class Metrics:
         Gauge(f"{PREFIX}_build_info", "The version.", ("version",), registry=self._registry).labels(
             __version__
         ).set(1)
-        ProcessCollector(registry=self._registry)
+        self._processes = _Processes()
+        self._registry.register(self._processes)
         for name in upstreams:
             for kind in ("narinfo", "nar", "file"):
                 for outcome in ("hit", "absent"):
@@ -109,6 +117,10 @@ class Metrics:
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Export a number that is read when somebody scrapes."""
         Gauge(f"{PREFIX}_{name}", text, registry=self._registry).set_function(read)
+
+    def count_processes(self, pids: Callable[[], Iterable[int]]) -> None:
+        """Add other processes of ours to the ``process_*`` metrics."""
+        self._processes.others = pids
 
     def render(self) -> tuple[bytes, str]:
         """Write the metrics in Prometheus' text format; with its content type."""
@@ -143,6 +155,8 @@ class Metrics:
                 self._evicted_bytes.inc(size)
             case Fault():
                 self._faults.inc()
+            case WorkerEnded():
+                self._restarts.inc()
             case ConfigReloaded(error):
                 self._reload.set(error is None)
                 if error is None:
@@ -160,6 +174,43 @@ class Metrics:
 
     def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
         return Counter(f"{PREFIX}_{name}", text, labels, registry=self._registry)
+
+
+class _Processes(Collector):
+    """The ``process_*`` metrics, as sums over all our processes; the start is that of this one."""
+
+    def __init__(self) -> None:
+        self.others: Callable[[], Iterable[int]] = tuple
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics; a process that ends meanwhile has none."""
+        totals = {metric.name: metric for metric in _of_process("self")}
+        for pid in self.others():
+            for metric in _of_process(pid):
+                if metric.name in _SUMS:
+                    _add(totals[metric.name], sum(sample.value for sample in metric.samples))
+        if "process_cpu_seconds" in totals:  # else a worker's end would turn the clock back
+            ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+            _add(totals["process_cpu_seconds"], ended.ru_utime + ended.ru_stime)
+        yield from totals.values()
+
+
+_SUMS = frozenset(
+    {
+        "process_cpu_seconds",
+        "process_open_fds",
+        "process_resident_memory_bytes",
+        "process_virtual_memory_bytes",
+    }
+)
+
+
+def _of_process(pid: int | str) -> Iterable[Metric]:
+    return ProcessCollector(pid=lambda: pid, registry=None).collect()
+
+
+def _add(metric: Metric, value: float) -> None:
+    metric.samples = [sample._replace(value=sample.value + value) for sample in metric.samples]
 
 
 def trust_kinds() -> Iterator[str]:

@@ -155,6 +155,12 @@ class Prefetch:
             client.to_walk.clear()
             self._left.put(name, self._rules.budget if client.fetches else client.budget)
 
+    def asked_path(self, name: str, hash_part: HashPart) -> None:
+        """A client was given a path's narinfo, just now: `asked_narinfo`."""
+        known = self._cache.hot_narinfo(hash_part)
+        if known is not None:
+            self.asked_narinfo(name, known)
+
     def asked_narinfo(self, name: str, known: KnownPath) -> None:
         """A client was given a narinfo."""
         client = self._clients.get(name)

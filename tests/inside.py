@@ -140,9 +140,7 @@ class InsideProxy:
             prefetch=self.prefetch,
             cache_info=cache_info,
             observer=self.events.append,
-            facts=lambda: Facts(list(self._upstreams), [], 0, 0, "test"),
-            metrics=lambda: (b"# none\n", "text/plain"),
-            check_store=self.store.check,
+            operations=self,
         )
         self.server.strict = self._strict
         self._listening = listening(
@@ -162,6 +160,18 @@ class InsideProxy:
         for source in self.failover.sources:
             await source.upstream.close()
         await self.store.close()
+
+    async def facts(self) -> Facts:
+        """Return what the page says."""
+        return Facts(list(self._upstreams), [], 0, 0, "test")
+
+    async def metrics(self) -> tuple[bytes, str]:
+        """Return no metrics."""
+        return b"# none\n", "text/plain"
+
+    async def check_store(self) -> str:
+        """Return what the store says."""
+        return await self.store.check()
 
     def make_failover(self, *upstreams: str) -> Failover:
         """Make upstreams named ``up0``, ``up1`` and so on."""

@@ -20,7 +20,7 @@ MODULES = {
 HOMES = {
     "aiohttp": ("proxy.server", "proxy.upstream"),
     "aiohttp.web": ("proxy.server",),
-    "msgspec": ("proxy.config",),
+    "msgspec": ("proxy.config", "proxy.workers.messages"),
     "nacl": ("proxy.nix.signature",),
     "prometheus_client": ("proxy.metrics",),
     "structlog": ("proxy.cli",),

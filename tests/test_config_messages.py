@@ -124,15 +124,17 @@ WRONG_NUMBER = [
     ("[server]\npriority = 2147483648", "2: server.priority: must be at most 2147483647"),
     (f"{A}priority = -1", "4: upstream[0].priority: must be at least 0"),
     (f"{A}max_connections = 1", "4: upstream[0].max_connections: must be at least 2"),
-    ("[server]\nworkers = 2", "2: server.workers: only 1 is supported for now"),
-    ('[server]\nworkers = "auto"', "2: server.workers: only 1 is supported for now"),
+    (
+        "[server]\nworkers = 65",
+        '2: server.workers: expected a whole number from 1 to 64, or "auto"',
+    ),
     (
         "[server]\nworkers = 0",
-        '2: server.workers: expected a whole number from 1, or "auto"; only 1 is supported for now',
+        '2: server.workers: expected a whole number from 1 to 64, or "auto"',
     ),
     (
         '[server]\n\nworkers = "1"',
-        '3: server.workers: expected a whole number from 1, or "auto"; only 1 is supported for now',
+        '3: server.workers: expected a whole number from 1 to 64, or "auto"',
     ),
 ]
 WRONG_QUANTITY = [

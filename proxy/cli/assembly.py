@@ -21,7 +21,7 @@ from proxy.errors import ConfigError
 from proxy.events import Observer
 from proxy.failover import Failover, Source
 from proxy.nix.cache_info import CacheInfo
-from proxy.nix.signature import Keyring
+from proxy.nix.signature import Keyring, PublicKey
 from proxy.prefetch import LookAhead
 from proxy.upstream.credentials import Credentials, anonymous, basic, bearer, from_netrc
 from proxy.upstream.remote import Upstream
@@ -52,6 +52,12 @@ async def failover(config: Config, observer: Observer) -> Failover:
         observer=observer,
         keyring=Keyring(config.trust.keys),
     )
+
+
+def trusted_keys(config: Config) -> list[tuple[PublicKey, ...] | None]:
+    """Return whose signatures count for what is kept: any keys will do, and None needs no signature."""
+    upstreams = (upstream.trusted_keys(config.trust) for upstream in config.upstreams)
+    return [config.trust.keys, *(None if keys is None else tuple(keys) for keys in upstreams)]
 
 
 def look_ahead(config: Config) -> LookAhead:

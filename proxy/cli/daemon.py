@@ -7,24 +7,26 @@ import contextlib
 import resource
 import signal
 import traceback
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from proxy import __version__
 from proxy.cache import Cache
 from proxy.cli import assembly, systemd
+from proxy.cli.front import Front, Workers, one_process, setup
 from proxy.cli.logs import EventLog, log
+from proxy.cli.operations import Operations
 from proxy.config import Config, UnixListen
 from proxy.errors import ConfigError, ListenError
-from proxy.events import ConfigReloaded, Event, Fault
+from proxy.events import ConfigReloaded, Event, Fault, Observer
 from proxy.failover import Failover
 from proxy.metrics import Metrics
 from proxy.prefetch import Prefetch
-from proxy.server.app import Server
-from proxy.server.listening import Address, listening
-from proxy.server.page import Facts
+from proxy.server.listening import Address
 from proxy.store.eviction import Limits
 from proxy.store.folder import Store
+from proxy.workers.service import Core
+from proxy.workers.supervisor import supervised
 
 
 class Daemon:
@@ -39,7 +41,7 @@ class Daemon:
         self._config = config
         self._read_config = read_config
         self._metrics = Metrics([upstream.name for upstream in config.upstreams])
-        self._log = EventLog()
+        self._observers: list[Observer] = [self._metrics, EventLog()]
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -61,20 +63,21 @@ class Daemon:
             self._cache(store) as cache,
             self._prefetch(cache) as prefetch,
         ):
-            server = self._server(store, cache, prefetch)
-            timeout = self._config.server.shutdown_timeout
-            async with listening(
-                server, self._addresses(), shutdown_timeout=timeout, hurry=self._hurry
-            ) as addresses:
+            operations = Operations(lambda: self._config, store, self._metrics)
+            core = Core(cache, prefetch, self._observe, operations)
+            async with self._front(core, operations) as front:
                 log.info(
-                    "ready", version=__version__, listen=addresses, store=str(store.layout.root)
+                    "ready",
+                    version=__version__,
+                    listen=front.addresses,
+                    store=str(store.layout.root),
                 )
                 systemd.notify("READY=1")
-                await self._obey(server, cache)
+                await self._obey(front, core)
 
     def _observe(self, event: Event) -> None:
-        self._metrics(event)
-        self._log(event)
+        for observer in self._observers:
+            observer(event)
 
     def _on_fault(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """What the event loop has to say of tasks and callbacks whose errors nobody took."""
@@ -140,27 +143,21 @@ class Daemon:
         finally:
             await prefetch.close()
 
-    def _server(self, store: Store, cache: Cache, prefetch: Prefetch) -> Server:
-        server = Server(
-            cache,
-            prefetch=prefetch,
-            cache_info=assembly.cache_info(self._config),
-            observer=self._observe,
-            facts=lambda: self._facts(store),
-            metrics=self._metrics.render,
-            check_store=store.check,
-        )
-        server.strict = self._config.policy.upstream_down == "error"
-        return server
-
-    def _facts(self, store: Store) -> Facts:
-        return Facts(
-            upstreams=[upstream.url for upstream in self._config.upstreams],
-            keys=assembly.public_keys(self._config),
-            paths=store.totals.paths,
-            size=store.totals.bytes,
-            version=__version__,
-        )
+    @contextlib.asynccontextmanager
+    async def _front(self, core: Core, operations: Operations) -> AsyncIterator[Front]:
+        config, addresses = self._config, self._addresses()
+        if config.server.workers == 1:
+            async with one_process(config, core, addresses, hurry=self._hurry) as front:
+                yield front
+            return
+        async with supervised(
+            core, addresses, config.server.workers, setup(config), hurry=self._hurry
+        ) as supervisor:
+            self._observers.append(supervisor.observe)
+            self._metrics.count_processes(lambda: supervisor.pids)
+            operations.collect = supervisor.flush
+            await self._unless_stopped(supervisor.all_listen())
+            yield Workers(supervisor)
 
     def _addresses(self) -> Sequence[Address]:
         """Where to listen: on what systemd opened for us, or else where the configuration says."""
@@ -172,7 +169,7 @@ class Daemon:
             raise ListenError("server.listen is empty, and systemd passed no socket")
         return addresses
 
-    async def _obey(self, server: Server, cache: Cache) -> None:
+    async def _obey(self, front: Front, core: Core) -> None:
         """Reload on SIGHUP, until it is time to stop."""
         stop = asyncio.create_task(self._stop.wait())
         while not stop.done():
@@ -182,12 +179,12 @@ class Daemon:
             if self._hang_up.is_set():
                 self._hang_up.clear()
                 systemd.notify_reloading()
-                await self._reload(server, cache)
+                await self._reload(front, core)
                 systemd.notify("READY=1")
         log.info("stopping", transfers_may_take=f"{self._config.server.shutdown_timeout:g} s")
         systemd.notify("STOPPING=1")
 
-    async def _reload(self, server: Server, cache: Cache) -> None:
+    async def _reload(self, front: Front, core: Core) -> None:
         """Take a new configuration whole, or not at all."""
         try:
             config = self._read_config()
@@ -199,14 +196,20 @@ class Daemon:
             if getattr(config, name) != getattr(self._config, name):
                 log.warning("a change to this table takes a restart", table=name)
         retired, self._failover, self._config = self._failover, failover, config
-        server.strict = config.policy.upstream_down == "error"
-        cache.use(failover, negative_ttl=config.policy.negative_ttl)
-        server.lane.forget_nars()
-        server.prefetch.configure(assembly.look_ahead(config))
-        retiring = asyncio.create_task(_retire(retired, cache))
+        core.cache.use(failover, negative_ttl=config.policy.negative_ttl)
+        core.prefetch.configure(assembly.look_ahead(config))
+        await front.use(config)
+        retiring = asyncio.create_task(_retire(retired, core.cache))
         self._retiring.add(retiring)
         retiring.add_done_callback(self._retiring.discard)
         self._observe(ConfigReloaded(None))
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do some work, or leave it when it is time to stop."""
+        tasks = (asyncio.create_task(work), asyncio.create_task(self._stop.wait()))
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
 
 
 async def _retire(failover: Failover, cache: Cache) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import structlog
@@ -24,6 +25,7 @@ from proxy.events import (
     Fault,
     FetchEnded,
     FetchStarted,
+    Forgotten,
     NotDecoded,
     Published,
     Rejected,
@@ -31,6 +33,8 @@ from proxy.events import (
     StoreChanged,
     StoreFailed,
     UpstreamAnswered,
+    WorkerEnded,
+    WorkerStarted,
 )
 
 _FAILURES = frozenset(failure.outcome for failure in UpstreamError.__subclasses__()) - {
@@ -93,13 +97,21 @@ class _Stderr:
             sys.stderr.flush()
 
 
-_NAMES = {
-    FetchStarted: "fetching",
-    Published: "stored",
-    Evicted: "evicted",
-    RequestServed: "request",
-    FastlaneServed: "requests",
+_LINES: Mapping[type[Event], tuple[str, str]] = {
+    Rejected: ("warning", "refused"),
+    NotDecoded: ("warning", "verified by FileHash alone"),
+    Fault: ("error", "a fault of the proxy itself; please report it"),
+    FastlaneClosed: ("warning", "the fast lane is closed"),
+    WorkerStarted: ("info", "worker started"),
+    WorkerEnded: ("error", "worker ended"),
+    FetchStarted: ("debug", "fetching"),
+    Published: ("debug", "stored"),
+    Evicted: ("debug", "evicted"),
+    RequestServed: ("debug", "request"),
+    FastlaneServed: ("debug", "requests"),
+    Forgotten: ("debug", "forgotten"),
 }
+"""How loudly, and in which words, an event is told whose fields say the rest."""
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -116,22 +128,15 @@ class EventLog:
         match event:
             case UpstreamAnswered():
                 self._upstream_answered(event)
-            case Rejected(upstream, what, kind, reason):
-                log.warning("refused", upstream=upstream, what=what, kind=kind, reason=reason)
             case StoreFailed() | StoreChanged():
                 self._log_store(event)
-            case FastlaneClosed(reason):
-                log.warning("the fast lane is closed", reason=reason)
-            case NotDecoded(what, compression):
-                log.warning("verified by FileHash alone", what=what, compression=compression)
-            case Fault(where, trace):
-                log.error("a fault of the proxy itself; please report it", where=where, trace=trace)
             case FetchEnded():
                 _log_fetch(event)
             case ConfigReloaded():
                 _log_reload(event)
-            case FetchStarted() | Published() | Evicted() | RequestServed() | FastlaneServed():
-                log.debug(_NAMES[type(event)], **asdict(event))
+            case _:
+                level, words = _LINES[type(event)]
+                getattr(log, level)(words, **asdict(event))
 
     def _log_store(self, event: StoreFailed | StoreChanged) -> None:
         """Say what failed, but not again and again while it is known that nothing is kept."""

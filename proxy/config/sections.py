@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,9 @@ from proxy.config.tables import (
 from proxy.config.wording import Key, quote
 from proxy.nix.signature import PublicKey
 
+MOST_WORKERS = 64
+"""Processes; beyond, a slip is more likely than a machine that wants them."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -33,7 +37,7 @@ class ServerConfig:
 
     Attributes:
         listen: Where to listen, besides the sockets that systemd passes; may be empty.
-        workers: Processes; 1 for now.
+        workers: Processes that accept clients; 1 is the daemon itself.
         priority: What ``nix-cache-info`` says; lower is asked first.
         shutdown_timeout: Seconds that transfers may still take when the daemon is told to stop.
     """
@@ -220,8 +224,8 @@ def read_keys(texts: Sequence[str], key: Key, source: Source) -> tuple[PublicKey
 
 
 def _parse_workers(value: int | str) -> int:
-    if value == 1:
-        return 1
-    if value == "auto" or (isinstance(value, int) and value > 1):
-        raise ValueError("only 1 is supported for now")
-    raise ValueError('expected a whole number from 1, or "auto"; only 1 is supported for now')
+    if value == "auto":
+        return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    if isinstance(value, int) and 1 <= value <= MOST_WORKERS:
+        return value
+    raise ValueError(f'expected a whole number from 1 to {MOST_WORKERS}, or "auto"')

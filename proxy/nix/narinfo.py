@@ -27,11 +27,11 @@ path without them is worth more than no path:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NewType
 
-from proxy.errors import ParseError, WrongPathError
+from proxy.errors import ParseError, SignatureError, TrustError, WrongPathError
 from proxy.nix.hashes import Hash
 from proxy.nix.nar_name import EXTENSIONS, NarName
 from proxy.nix.signature import Keyring, Signature
@@ -119,6 +119,23 @@ def verify(info: NarInfo, *, hash_part: HashPart, keyring: Keyring | None) -> Ve
     if keyring is not None:
         keyring.verify(info.fingerprint, info.signatures)
     return VerifiedNarInfo(info)
+
+
+def verify_by_any(
+    info: NarInfo, *, hash_part: HashPart, keyrings: Iterable[Keyring | None]
+) -> VerifiedNarInfo:
+    """Let through what one of several keyrings does; for what was kept, and nobody remembers of whom.
+
+    Raises:
+        TrustError: If none of them do.
+    """
+    error: TrustError = SignatureError("there is nobody whose keys could be trusted")
+    for keyring in keyrings:
+        try:
+            return verify(info, hash_part=hash_part, keyring=keyring)
+        except TrustError as reason:
+            error = reason
+    raise error
 
 
 def format(info: NarInfo, url: str | None = None) -> bytes:  # noqa: A001  # read as narinfo.format

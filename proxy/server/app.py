@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,19 +18,17 @@ from aiohttp import HttpVersion11, web
 
 from proxy import errors
 from proxy.answers import Content
-from proxy.cache import Cache
 from proxy.errors import ProxyError, RangeError
 from proxy.events import Fault, Observer, RequestServed, Result
-from proxy.fetch import Reader
 from proxy.nix import resource
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.resource import CacheInfoFile, ForeignNar, NarFile, NarinfoFile, SideFile
-from proxy.prefetch import Prefetch
+from proxy.server.backend import Audience, Cache, Operations
 from proxy.server.body import ClientGoneError, Delivery
 from proxy.server.connection import Connection
 from proxy.server.fastlane import FastLane
 from proxy.server.headers import NAR_TYPE, SOFTWARE, file_headers, narinfo_headers
-from proxy.server.page import Facts, render
+from proxy.server.page import render
 from proxy.server.ranges import ByteRange, Span
 
 NOT_HERE = 404
@@ -79,30 +77,24 @@ class Server:
         prefetch: Told what clients ask for.
         cache_info: What ``nix-cache-info`` says.
         observer: Told of every answer.
-        facts: What the page says.
-        metrics: Renders the metrics, and names their content type.
-        check_store: Finds out why the disk keeps nothing; an empty text while it does.
+        operations: What operators are told.
     """
 
     def __init__(
         self,
         cache: Cache,
         *,
-        prefetch: Prefetch,
+        prefetch: Audience,
         cache_info: CacheInfo,
         observer: Observer,
-        facts: Callable[[], Facts],
-        metrics: Callable[[], tuple[bytes, str]],
-        check_store: Callable[[], Awaitable[str]],
+        operations: Operations,
     ) -> None:
         self._cache = cache
         self._cache_info = cache_info.format()
         self.observer = observer
         self.prefetch = prefetch
         self.lane = FastLane(cache, observer, prefetch)
-        self._facts = facts
-        self._metrics = metrics
-        self._check_store = check_store
+        self._operations = operations
         self.strict = False
         """Answer 502 instead of 404 when an upstream failed and nobody has the path."""
         self.draining = False
@@ -161,11 +153,11 @@ class Server:
         match plain:
             case "/":
                 outcome.route = "page"
-                return self._page(request)
+                return await self._page(request)
             case "/metrics":
                 outcome.route = "metrics"
                 self.lane.flush()
-                body, content_type = self._metrics()
+                body, content_type = await self._operations.metrics()
                 return web.Response(body=body, headers={"Content-Type": content_type})
             case "/healthz":
                 outcome.route = "health"
@@ -188,7 +180,7 @@ class Server:
                 outcome.route = "narinfo"
                 text = await self._cache.narinfo(hash_part)
                 outcome.result = text.result
-                self.prefetch.asked_narinfo(_client_of(request), text.known)
+                self.prefetch.asked_path(_client_of(request), hash_part)
                 headers = narinfo_headers(text.result, text.upstream)
                 return web.Response(body=text.body, headers=headers)
             case NarFile(name):
@@ -226,10 +218,8 @@ class Server:
                 response.force_close()
             if request.headers.get("If-Range", content.etag) != content.etag:
                 wanted = None  # the client has a part of something else
-            if isinstance(content.file, Reader) and (
-                wanted is not None or request.version < HttpVersion11
-            ):
-                await content.file.fetch.size_known()
+            if content.file is not None and (wanted is not None or request.version < HttpVersion11):
+                await content.file.size_known()
             span = _span(response, wanted, content.size)
             if content.file is not None and request.method != "HEAD":
                 if span is None:
@@ -262,15 +252,15 @@ class Server:
         private = isinstance(error, UNKNOWN) or status == NEVER
         return _text(status, "it could not be fetched" if private else str(error), headers)
 
-    def _page(self, request: web.BaseRequest) -> web.Response:
-        page = render(self._facts(), request.headers.get("Host"))
+    async def _page(self, request: web.BaseRequest) -> web.Response:
+        page = render(await self._operations.facts(), request.headers.get("Host"))
         return web.Response(text=page, content_type="text/html")
 
     async def _readiness(self) -> web.Response:
         """Tell whether we serve. We do so without a disk, too, and an operator has to know."""
         if self.draining:
             return _text(503, "stopping")
-        reason = await self._check_store()
+        reason = await self._operations.check_store()
         return _text(200, f"ready, but not keeping: {reason}" if reason else "ready")
 
 

@@ -18,10 +18,10 @@ from collections.abc import AsyncIterator, Iterator
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
+from proxy.answers import File
 from proxy.errors import StoreError
-from proxy.fetch import Reader
 from proxy.server.ranges import Span
-from proxy.store.files import OpenFile, disk
+from proxy.store.files import disk
 
 WINDOW = 2**20
 """Bytes for one client in one turn of the event loop."""
@@ -46,9 +46,7 @@ class Delivery:
         file: A complete file, or one that still arrives.
     """
 
-    def __init__(
-        self, request: web.BaseRequest, response: web.StreamResponse, file: OpenFile | Reader
-    ) -> None:
+    def __init__(self, request: web.BaseRequest, response: web.StreamResponse, file: File) -> None:
         self._request = request
         self._response = response
         self._file = file

@@ -28,7 +28,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.http import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD
 
-from proxy.prefetch import Prefetch
+from proxy.server.backend import Audience
 from proxy.server.body import STALL_TIMEOUT
 from proxy.server.fastlane import FastLane
 
@@ -90,7 +90,7 @@ class Server(web.Server):
         handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
         *,
         refuse: Callable[[int], web.Response],
-        prefetch: Prefetch,
+        prefetch: Audience,
         lane: FastLane | None,
     ) -> None:
         super().__init__(handler)

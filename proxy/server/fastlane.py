@@ -12,12 +12,11 @@ from email.utils import formatdate
 from typing import Final, Literal
 
 from proxy.answers import Content
-from proxy.cache import Cache
 from proxy.events import HIT, FastlaneServed, Observer, Result
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HASH_PART_LENGTH, HashPart
-from proxy.prefetch import Prefetch
 from proxy.recent import Recent
+from proxy.server.backend import Audience, Cache
 from proxy.server.headers import NAR_TYPE, error_headers, file_headers, head, narinfo_headers
 from proxy.store.files import OpenFile
 
@@ -68,7 +67,7 @@ class FastLane:
         prefetch: Told who was given a narinfo whose NAR is not here.
     """
 
-    def __init__(self, cache: Cache, observer: Observer, prefetch: Prefetch) -> None:
+    def __init__(self, cache: Cache, observer: Observer, prefetch: Audience) -> None:
         self._cache = cache
         self._prefetch = prefetch
         self._observer = observer
@@ -125,15 +124,16 @@ class FastLane:
         self.forget_nars()
 
     def _narinfo(self, name: str, client: str) -> bytes | None:
-        known = self._cache.hot_narinfo(HashPart(name[:HASH_PART_LENGTH]))
+        hash_part = HashPart(name[:HASH_PART_LENGTH])
+        known = self._cache.hot_narinfo(hash_part)
         if known is not None:
             if not known.kept:
-                self._prefetch.asked_narinfo(client, known)
+                self._prefetch.asked_path(client, hash_part)
             if known.answer is None:
                 known.answer = head(200, narinfo_headers(HIT, known.origin), len(known.body))
             self._count(_HOT_NARINFO, len(known.body))
             return b"".join((known.answer, self._dated(), known.body))
-        if self._cache.is_absent(name) and not self._cache.keeps(HashPart(name[:HASH_PART_LENGTH])):
+        if self._cache.is_absent(name) and not self._cache.keeps(hash_part):
             self._count(_ABSENT_NARINFO, 0)
             return b"".join((_ABSENT_HEAD, self._dated(), _absence(name)))
         return None

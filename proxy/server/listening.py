@@ -57,12 +57,12 @@ async def listening(
         for address in addresses:
             site = _site(runner, address)
             try:
-                _refuse_if_in_use(address)
+                refuse_if_in_use(address)
                 await site.start()
             except OSError as error:
                 reason = os.strerror(error.errno) if error.errno else str(error)
-                raise ListenError(f"cannot listen on {_text(address)}: {reason}") from error
-        yield [_text(address) for address in runner.addresses]
+                raise ListenError(f"cannot listen on {address_text(address)}: {reason}") from error
+        yield [address_text(address) for address in runner.addresses]
     finally:
         server.draining = True
         server.lane.open = False
@@ -102,7 +102,7 @@ async def _flush(lane: FastLane) -> None:
         lane.flush()
 
 
-def _refuse_if_in_use(address: Address) -> None:
+def refuse_if_in_use(address: Address) -> None:
     """Leave a Unix socket to whoever listens on it; asyncio would take it away.
 
     Raises:
@@ -127,12 +127,12 @@ def _site(runner: web.ServerRunner, address: Address) -> web.BaseSite:
             return web.TCPSite(runner, host, port)
 
 
-def _text(address: object) -> str:
+def address_text(address: object) -> str:
     """Write an address as the configuration does."""
     match address:
         case (str(host), int(port), *_):
             return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         case socket.socket():
-            return _text(address.getsockname())
+            return address_text(address.getsockname())
         case _:
             return f"unix:{address}"

@@ -64,6 +64,10 @@ class OpenFile:
         """Return how far the file may be read: a complete one to its end."""
         return self.size
 
+    async def size_known(self) -> int:
+        """Return the size, which a complete file has."""
+        return self.size
+
     def close(self) -> None:
         """Close the descriptor; safe to repeat."""
         if self.fd >= 0:

@@ -1,7 +1,6 @@
 """The store: one folder, opened by one daemon.
 
-Reads are plain calls: a narinfo is a small file in the page cache, and reading it costs less than handing
-it to a thread. What takes longer (writing NARs, flushing, the index) has threads of its own.
+What takes long (writing NARs, flushing, the index) has threads of its own.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.files import OpenFile, Partial, disk
 from proxy.store.incoming import Incoming
 from proxy.store.index import Index
-from proxy.store.layout import SIDE_FOLDERS, Layout
+from proxy.store.layout import SIDE_FOLDERS
 from proxy.store.publisher import Publication, Publisher, Rename
+from proxy.store.reader import StoreReader, read
 from proxy.store.scan import remove_leftovers
 from proxy.store.watch import Watch
 
@@ -33,7 +33,7 @@ PROBE = 64 * 2**10
 """Bytes written to find out whether the disk keeps anything."""
 
 
-class Store:
+class Store(StoreReader):
     """An open store folder.
 
     Made inside of a running event loop, and closed with `close`.
@@ -56,7 +56,7 @@ class Store:
         observer: Observer,
         limits: Limits = UNLIMITED,
     ) -> None:
-        self.layout = Layout(root)
+        super().__init__(root)
         self._observer = observer
         self._loop = asyncio.get_running_loop()
         self._serial = itertools.count()
@@ -101,21 +101,13 @@ class Store:
         await asyncio.to_thread(self._index.close)
         os.close(self._lock)
 
-    def narinfo(self, hash_part: HashPart) -> bytes | None:
-        """Return the narinfo of a path whose NAR is here too.
-
-        Raises:
-            StoreError: The disk failed.
-        """
-        return _read(self.layout.narinfo(hash_part))
-
     def remembered_narinfo(self, upstream: str, hash_part: HashPart) -> bytes | None:
         """Return what an upstream said of a path whose NAR is not here.
 
         Raises:
             StoreError: The disk failed.
         """
-        return _read(self.layout.remembered_narinfo(upstream, hash_part))
+        return read(self.layout.remembered_narinfo(upstream, hash_part))
 
     def remember_narinfo(self, upstream: str, hash_part: HashPart, text: bytes) -> None:
         """Keep an upstream's own narinfo, so that its NAR can be fetched later without asking again.
@@ -137,33 +129,9 @@ class Store:
         with contextlib.suppress(OSError):
             self.layout.remembered_narinfo(upstream, hash_part).unlink(missing_ok=True)
 
-    def open_nar(self, name: NarName) -> OpenFile | None:
-        """Open a NAR that is here.
-
-        Raises:
-            StoreError: The disk failed.
-        """
-        return self._open(self.layout.nar(name))
-
-    def has_narinfo(self, hash_part: HashPart) -> bool:
-        """Tell whether a path is here whole: its NAR, and the narinfo that is published after it."""
-        return self.layout.narinfo(hash_part).exists()
-
     def used(self, name: NarName) -> None:
         """Note that a NAR was used by somebody who had it open already."""
         self._index.used(self.layout.nar(name))
-
-    def has_nar(self, name: NarName) -> bool:
-        """Tell whether a NAR is here."""
-        return self.layout.nar(name).exists()
-
-    def open_file(self, path: str) -> OpenFile | None:
-        """Open another file that is here: a log, a listing, and so on.
-
-        Raises:
-            StoreError: The disk failed.
-        """
-        return self._open(self.layout.file(path))
 
     def incoming(self) -> Incoming:
         """Start a file that can be published later if the disk takes it, and passed on if it does not."""
@@ -302,7 +270,7 @@ class Store:
         self._loop.call_soon_threadsafe(self._observer, StoreFailed("index", reason))
 
     def _open(self, path: Path) -> OpenFile | None:
-        file = OpenFile.at(path)
+        file = super()._open(path)
         if file is not None:
             self._index.used(path)
         return file
@@ -337,14 +305,6 @@ class Store:
             self.layout.remembered,
         ):
             folder.mkdir(parents=True, exist_ok=True)
-
-
-def _read(path: Path) -> bytes | None:
-    with disk(f"cannot read {path.name}"):
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            return None
 
 
 def _device_of(path: Path) -> int:

@@ -391,7 +391,9 @@ async def test_not_writable(tmp_path: Path, opened: Opened) -> None:
 async def test_folder_that_was_removed(tmp_path: Path, opened: Opened) -> None:
     """A folder that somebody removed is made again, and is locked as before."""
     store = opened(tmp_path / "store")
-    store.layout.root.rename(tmp_path / "gone")  # in one step, with whatever the index writes meanwhile
+    store.layout.root.rename(
+        tmp_path / "gone"
+    )  # in one step, with whatever the index writes meanwhile
     assert await store.check() == ""
     await publish(store, StoreEntry.make("one-1"))
 

@@ -1,0 +1,208 @@
+"""The core's side of one worker: answers what it asks, and passes on what it tells."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from proxy.answers import Content, File
+from proxy.cache import Cache
+from proxy.errors import NotFoundError, ProxyError
+from proxy.events import Observer
+from proxy.nix.nar_name import NarName
+from proxy.nix.store_path import parse_hash_part
+from proxy.prefetch import Prefetch
+from proxy.server.backend import Operations
+from proxy.store.files import OpenFile, disk
+from proxy.workers.channel import NONE
+from proxy.workers.link import Link
+from proxy.workers.messages import (
+    Absent,
+    Announced,
+    Answer,
+    AskedNar,
+    AskedPath,
+    AskFacts,
+    AskFile,
+    AskMetrics,
+    AskNarinfo,
+    AskStore,
+    Broken,
+    Connected,
+    Disconnected,
+    Failed,
+    Given,
+    Happened,
+    Listening,
+    Metrics,
+    Narinfo,
+    Note,
+    PageFacts,
+    Progress,
+    Question,
+    Release,
+    StoreState,
+    Used,
+    Whole,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """What the core has, and workers ask for.
+
+    Attributes:
+        cache: The pull-through cache.
+        prefetch: The look-ahead.
+        observer: Told of what happens in workers.
+        operations: What operators are told.
+    """
+
+    cache: Cache
+    prefetch: Prefetch
+    observer: Observer
+    operations: Operations
+
+
+class Service:
+    """Serves one worker. Made inside of a running event loop; closed with `close`.
+
+    Args:
+        core: What to serve it with.
+        sock: The socket that leads to it.
+        on_listening: Called when it accepts connections.
+    """
+
+    def __init__(self, core: Core, sock: socket.socket, on_listening: Callable[[], None]) -> None:
+        self._core = core
+        self._on_listening = on_listening
+        self._clients: Counter[str] = Counter()
+        self._wanted: set[int] = set()
+        self._following: dict[int, asyncio.Task[None]] = {}
+        self.link = Link(sock, answer=self._answer, hear=self._hear)
+
+    async def close(self) -> None:
+        """The worker has gone: so have its clients."""
+        await self.link.close()
+        tasks = tuple(self._following.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for client in self._clients.elements():
+            self._core.prefetch.disconnected(client)
+        self._clients.clear()
+
+    async def _answer(self, question: Question) -> tuple[Answer, int]:
+        core = self._core
+        match question:
+            case AskNarinfo(hash_part):
+                return await self._narinfo(hash_part), NONE
+            case AskFile():
+                return await self._file(question)
+            case AskStore():
+                return StoreState(await core.operations.check_store()), NONE
+            case AskFacts():
+                return PageFacts(await core.operations.facts()), NONE
+            case AskMetrics():
+                return Metrics(*await core.operations.metrics()), NONE
+            case _:
+                raise TypeError(f"the core is not asked {type(question).__name__}")
+
+    async def _narinfo(self, text: str) -> Answer:
+        hash_part = parse_hash_part(text)
+        try:
+            found = await self._core.cache.narinfo(hash_part)
+        except NotFoundError as error:
+            return Absent(str(error), self._core.cache.absent_for(f"{hash_part}.narinfo"))
+        known = found.known
+        name = known.info.nar_name
+        etag = self._core.cache.etag(name)
+        return Narinfo(known.body, str(name), etag, known.origin, known.kept, found.result)
+
+    async def _file(self, question: AskFile) -> tuple[Answer, int]:
+        self._wanted.add(question.number)
+        try:
+            content = await self._opener(question)
+        except BaseException:
+            self._wanted.discard(question.number)
+            raise
+        file = content.file
+        if file is None or question.head or question.number not in self._wanted:
+            self._wanted.discard(question.number)
+            with content:
+                about = (content.size, content.etag, content.result, content.upstream)
+                return Announced(*about), NONE
+        try:
+            with disk("cannot read"):
+                fd = os.dup(file.fd)
+            whole = isinstance(file, OpenFile)
+            released = file.size if isinstance(file, OpenFile) else 0
+            given = Given(
+                whole, released or 0, file.size, content.etag, content.result, content.upstream
+            )
+        except BaseException:
+            self._wanted.discard(question.number)
+            content.__exit__()
+            raise
+        if whole:
+            self._wanted.discard(question.number)
+            file.close()
+        else:
+            task = asyncio.create_task(self._follow(question.number, file))
+            self._following[question.number] = task
+        return given, fd
+
+    def _opener(self, question: AskFile) -> Awaitable[Content]:
+        cache, name = self._core.cache, question.name
+        if question.kind == "side":
+            return cache.file(name)
+        if question.kind == "foreign":
+            return cache.foreign_nar_head(name) if question.head else cache.foreign_nar(name)
+        nar_name = NarName.parse(name)
+        return cache.nar_head(nar_name) if question.head else cache.nar(nar_name)
+
+    async def _follow(self, number: int, file: File) -> None:
+        """Tell how far a file is; a worker that is slow to listen hears of the last position only."""
+        position = 0
+        try:
+            while (released := await file.wait_beyond(position)) > position:
+                position = released
+                self.link.tell(Progress(number, released, file.size))
+                await self.link.drained()
+            self.link.tell(Whole(number, position))
+        except ProxyError as error:
+            self.link.tell(Broken(number, Failed.of(error)))
+        finally:
+            file.close()
+            self._wanted.discard(number)
+            del self._following[number]
+
+    def _hear(self, note: Note) -> None:
+        core = self._core
+        match note:
+            case Happened():
+                core.observer(note.event())
+            case Used(name):
+                core.cache.used(NarName.parse(name))
+            case Connected(client):
+                self._clients[client] += 1
+                core.prefetch.connected(client)
+            case Disconnected(client):
+                self._clients[client] -= 1
+                core.prefetch.disconnected(client)
+            case AskedPath(client, hash_part):
+                core.prefetch.asked_path(client, parse_hash_part(hash_part))
+            case AskedNar(client):
+                core.prefetch.asked_nar(client)
+            case Release(number):
+                self._wanted.discard(number)
+                if number in self._following:
+                    self._following[number].cancel()
+            case Listening():
+                self._on_listening()
+            case _:
+                raise TypeError(f"the core is not told {type(note).__name__}")
