@@ -28,6 +28,7 @@ class DaemonProcess:
     Attributes:
         folder: Holds the configuration and, unless it says otherwise, the store.
         store: The store folder.
+        workers: How many processes it is told to accept clients in.
         listen: Where it is told to listen; the first address is that of `url`.
         addresses: Where it says that it listens.
         log: Every line that the daemon has logged, as parsed JSON.
@@ -45,6 +46,7 @@ class DaemonProcess:
         arguments: Sequence[str] | None = None,
         wrapper: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
+        workers: int = 1,
     ) -> None:
         """``config`` is TOML that is put behind what the other arguments say.
 
@@ -57,6 +59,7 @@ class DaemonProcess:
         self.config_file = folder / "config.toml"
         self.environment = dict(environment or {})
         self.listen = tuple(listen)
+        self.workers = workers
         self.addresses: list[str] = []
         self.log: list[dict[str, Any]] = []
         self.url = ""
@@ -73,7 +76,8 @@ class DaemonProcess:
         """Write the configuration file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tables = [
-            f'[server]\nlisten = {json.dumps(self.listen)}\nshutdown_timeout = "5s"',
+            f"[server]\nlisten = {json.dumps(self.listen)}\nworkers = {self.workers}",
+            'shutdown_timeout = "5s"',
             f"[store]\npath = {json.dumps(str(self.store))}",
             f"[trust]\nkeys = {json.dumps(list(keys))}",
             '[log]\nformat = "json"\nlevel = "debug"',
@@ -138,6 +142,14 @@ class DaemonProcess:
         """The running, or the ended, process."""
         assert self._process is not None
         return self._process
+
+    @property
+    def children(self) -> list[int]:
+        """The processes that it has started and that run: its workers."""
+        pids: list[int] = []
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            pids += map(int, (task / "children").read_text().split())
+        return pids
 
     @property
     def rss(self) -> int:

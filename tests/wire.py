@@ -87,6 +87,11 @@ class Wire:
         with contextlib.suppress(OSError):  # as which it ended before
             await self._writer.wait_closed()
 
+    @property
+    def port(self) -> int:
+        """Our port."""
+        return int(self._writer.get_extra_info("sockname")[1])
+
     async def send(self, data: bytes) -> None:
         """Send bytes as they are."""
         self._writer.write(data)
