@@ -23,7 +23,17 @@ from typing import Any, TypeVar
 
 from proxy.answers import Content, Text
 from proxy.errors import NotFoundError, ProxyError, StoreError
-from proxy.events import COALESCED, HIT, MISS, PREFETCHED, Fault, Observer, Result, StoreFailed
+from proxy.events import (
+    COALESCED,
+    HIT,
+    MISS,
+    PREFETCHED,
+    Fault,
+    FetchingAhead,
+    Observer,
+    Result,
+    StoreFailed,
+)
 from proxy.failover import Failover
 from proxy.fetch import Fetch, Reader, Supply
 from proxy.known import KnownPath, KnownPaths
@@ -173,6 +183,7 @@ class Cache:
         self._refuse_if_absent(key)
         fetch = self._start(key, lambda: self._supplier.nar(name))
         self._ahead.put(key, 1)
+        self._observer(FetchingAhead(key))
         try:
             await fetch.ended()
         except BaseException:

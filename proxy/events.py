@@ -67,6 +67,13 @@ class FetchStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchingAhead:
+    """A download began that no client has asked for yet."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class FetchEnded:
     """A download ended: whole and verified, or with ``error``."""
 
@@ -184,6 +191,7 @@ Event = (
     | Rejected
     | NotDecoded
     | FetchStarted
+    | FetchingAhead
     | FetchEnded
     | StoreFailed
     | StoreChanged

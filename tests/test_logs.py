@@ -28,7 +28,9 @@ from proxy.events import (
     FastlaneServed,
     Fault,
     FetchEnded,
+    FetchingAhead,
     FetchStarted,
+    Forgotten,
     NotDecoded,
     Published,
     Rejected,
@@ -36,6 +38,8 @@ from proxy.events import (
     StoreChanged,
     StoreFailed,
     UpstreamAnswered,
+    WorkerEnded,
+    WorkerStarted,
 )
 from tests.closures import StoreEntry
 from tests.conftest import RunDaemon, RunSimulator
@@ -95,6 +99,7 @@ LOUDNESS: list[tuple[Event, str]] = [
     (Rejected("up0", "x.narinfo", "signature", "unsigned"), "warning"),
     (NotDecoded("x.nar", "lrzip"), "warning"),
     (FetchStarted("x.nar", "up0"), "debug"),
+    (FetchingAhead("x.nar"), "debug"),
     (FetchEnded("x.nar", "up0", 100, 0.5, None), "info"),
     (FetchEnded("x.nar", "up0", 100, 0.5, "it was cut"), "warning"),
     (StoreFailed("x.nar", "no space left"), "error"),
@@ -105,6 +110,9 @@ LOUDNESS: list[tuple[Event, str]] = [
     (_served(), "debug"),
     (_served(404), "debug"),
     (FastlaneServed("nar", 200, "HIT", 1_000, 5_000_000), "debug"),
+    (Forgotten("0" * 32), "debug"),
+    (WorkerStarted(1, 4711), "info"),
+    (WorkerEnded(1, 4711, "it was ended by SIGKILL", 0.1), "error"),
     (FastlaneClosed("aiohttp has no _waiter"), "warning"),
     (ConfigReloaded(None), "info"),
     (ConfigReloaded("line 3: it is wrong"), "error"),

@@ -421,10 +421,10 @@ async def test_errors_are_our_own(served: Served, refusal: Fault) -> None:
 async def test_a_bug_of_ours_is_told(served: Served) -> None:
     """What nobody thought of is a short 500, and counted and logged like every other answer."""
 
-    def broken() -> Facts:
+    async def broken() -> Facts:
         raise ZeroDivisionError
 
-    served.proxy.server._facts = broken
+    served.proxy.facts = broken  # type: ignore[method-assign]
     answer = await served.ask("/")
     assert answer.status == 500
     assert b"ZeroDivision" not in answer.body

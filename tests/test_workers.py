@@ -366,6 +366,7 @@ async def test_the_look_ahead_hears_of_all_clients(
         assert proxy.metric("prefetched_unasked_bytes") == len(entry.file)
         assert (await wire.ask(nar_target(entry))).body == bytes(entry.file)
         assert proxy.metric("prefetched_unasked_bytes") == 0
+        assert proxy.metric("response_bytes_total", result="PREFETCHED") == len(entry.file)
     assert upstream.gets(LARGE.nar_path) == 0
 
 

@@ -191,6 +191,12 @@ class Forget(Message, frozen=True):
     hash_part: str
 
 
+class Ahead(Message, frozen=True):
+    """A NAR is fetched that no client has asked for: the core wants to know who is the first."""
+
+    name: str
+
+
 class Progress(Message, frozen=True):
     """So many bytes of a file that arrives may be read."""
 
@@ -284,6 +290,7 @@ Note: TypeAlias = (
     Stop
     | Hurry
     | Forget
+    | Ahead
     | Progress
     | Whole
     | Broken

@@ -55,6 +55,9 @@ COPIES: Final = 3
 ABSENT_PATHS: Final = 100_000
 """Remembered absences."""
 
+AHEAD: Final = 100_000
+"""NARs that were fetched ahead of clients, and that none has asked this worker for."""
+
 
 @dataclass(slots=True)
 class HeldNarinfo:
@@ -111,6 +114,7 @@ class RemoteCache:
             HOT_BYTES, weigh=lambda held: COPIES * len(held.body)
         )
         self._absent: Recent[str, float] = Recent(ABSENT_PATHS)
+        self._ahead: Recent[str, bool] = Recent(AHEAD)
         self._changes = 0
         self._numbers = itertools.count(1)
         self._arrivals: dict[str, Arrival] = {}
@@ -128,6 +132,10 @@ class RemoteCache:
         """A narinfo is known no longer."""
         self._changes += 1
         self._hot.drop(hash_part)
+
+    def ahead(self, name: str) -> None:
+        """A NAR is fetched ahead of clients: the core is to hear of the first that asks."""
+        self._ahead.put(name, True)  # noqa: FBT003  # only the key counts
 
     def hot_narinfo(self, hash_part: HashPart) -> HeldNarinfo | None:
         """Return a path's narinfo if it is in memory."""
@@ -249,6 +257,9 @@ class RemoteCache:
 
     def _stored_nar(self, name: NarName) -> Content | None:
         """Open a NAR of the store, if there is nothing about it that the core has to see to."""
+        if self._ahead.get(str(name)):
+            self._ahead.drop(str(name))
+            return None
         held = self._held(name.hash_part)
         if held is None or held.nar_name != str(name) or not self.keeps(name.hash_part):
             return None
@@ -278,7 +289,10 @@ class RemoteCache:
         except BaseException:
             reader.close()
             raise
-        return _content(reader, given, COALESCED if joined and not given.whole else given.result)
+        result = given.result
+        if joined:
+            result = HIT if given.whole else COALESCED
+        return _content(reader, given, result)
 
     def _start(self, key: str, question: AskFile) -> Arrival:
         def unread(arrival: Arrival) -> None:

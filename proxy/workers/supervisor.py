@@ -13,10 +13,21 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from proxy.errors import ProxyError
-from proxy.events import Event, Forgotten, WorkerEnded, WorkerStarted
+from proxy.events import Event, FetchingAhead, Forgotten, WorkerEnded, WorkerStarted
 from proxy.server.listening import LINGER, Address
 from proxy.workers.link import LinkClosedError
-from proxy.workers.messages import Flush, Forget, Hurry, Note, Question, Rules, Setup, Stop, encode
+from proxy.workers.messages import (
+    Ahead,
+    Flush,
+    Forget,
+    Hurry,
+    Note,
+    Question,
+    Rules,
+    Setup,
+    Stop,
+    encode,
+)
 from proxy.workers.restarts import Restarts
 from proxy.workers.service import Core, Service
 from proxy.workers.sockets import Listeners
@@ -76,8 +87,13 @@ class Supervisor:
 
     def observe(self, event: Event) -> None:
         """Tell workers what has happened that they have to know: an `proxy.events.Observer`."""
-        if isinstance(event, Forgotten):
-            self._tell_all(Forget(event.hash_part))
+        match event:
+            case Forgotten(hash_part):
+                self._tell_all(Forget(hash_part))
+            case FetchingAhead(what):
+                self._tell_all(Ahead(what))
+            case _:
+                pass
 
     async def stop(self, hurry: asyncio.Event) -> None:
         """End all workers: by themselves when their clients are served, or else by force.

@@ -28,6 +28,7 @@ from proxy.workers.audience import Audience
 from proxy.workers.channel import NONE
 from proxy.workers.link import Link
 from proxy.workers.messages import (
+    Ahead,
     Answer,
     AskFacts,
     AskMetrics,
@@ -151,6 +152,8 @@ class Worker:
                 self._cache.hear(note)
             case Forget(hash_part):
                 self._cache.forget(HashPart(hash_part))
+            case Ahead(name):
+                self._cache.ahead(name)
             case Stop():
                 self._stop.set()
             case Hurry():
