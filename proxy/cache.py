@@ -3,7 +3,7 @@
 Rules:
 
 - Only a `VerifiedNarInfo` is rendered, remembered or stored (`proxy.known`).
-- A thing is asked for once, however many ask for it (`_once`), and by a task of the daemon, so that a
+- A thing is asked for once, however many ask for it (`proxy.tasks`), and by a task of the daemon, so that a
   client which leaves takes nothing away from the others.
 - A NAR's URL needs no memory: it names the path and the NarHash, and a narinfo that says the same leads to
   wherever the upstream keeps the file today.
@@ -15,20 +15,18 @@ import asyncio
 import contextlib
 import os
 import time
-import traceback
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 from proxy.answers import Content, Text
-from proxy.errors import NotFoundError, ProxyError, StoreError
+from proxy.errors import NotFoundError, StoreError
 from proxy.events import (
     COALESCED,
     HIT,
     MISS,
     PREFETCHED,
-    Fault,
     FetchingAhead,
     Observer,
     Result,
@@ -43,8 +41,7 @@ from proxy.recent import Recent
 from proxy.store.files import OpenFile
 from proxy.store.folder import Store
 from proxy.supplier import Supplier
-
-T = TypeVar("T")
+from proxy.tasks import Tasks
 
 ABSENT_PATHS = 100_000
 """Remembered absences, of about 200 bytes each."""
@@ -89,8 +86,7 @@ class Cache:
         self._absent: Recent[str, float] = Recent(ABSENT_PATHS)
         self._fetches: dict[str, Fetch] = {}
         self._ahead: Recent[str, int] = Recent(AHEAD)
-        self._asked: dict[str, asyncio.Task[Any]] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks(observer)
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="verify")
 
     @property
@@ -101,7 +97,7 @@ class Cache:
     @property
     def tasks(self) -> set[asyncio.Task[Any]]:
         """Everything that is under way."""
-        return set(self._tasks)
+        return self._tasks.running
 
     def use(self, failover: Failover, *, negative_ttl: float) -> None:
         """Ask other upstreams from now on, and forget what was concluded from the old ones.
@@ -116,9 +112,7 @@ class Cache:
 
     async def close(self) -> None:
         """End everything that is under way; what is verified is still published by the store."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await asyncio.to_thread(self._workers.shutdown)
 
     def hot_narinfo(self, hash_part: HashPart) -> KnownPath | None:
@@ -208,9 +202,9 @@ class Cache:
         if known is not None:
             return Text(known, HIT)
         key = f"{hash_part}.narinfo"
-        joined = key in self._asked
+        joined = key in self._tasks
         with self._absence(key):
-            learnt = await self._once(key, lambda: self._supplier.look_up(hash_part))
+            learnt = await self._tasks.once(key, lambda: self._supplier.look_up(hash_part))
         self._absent.drop(str(learnt.info.nar_name))
         return Text(learnt, COALESCED if joined else MISS)
 
@@ -243,7 +237,7 @@ class Cache:
         if str(name) in self._fetches or self._store.has_nar(name):
             return await self.nar(name)
         with self._absence(str(name)):
-            known, size = await self._once(
+            known, size = await self._tasks.once(
                 f"size of {name}", lambda: self._supplier.announced_size(name)
             )
         return Content(None, size, self._known.etag(name), MISS, known.origin)
@@ -270,7 +264,7 @@ class Cache:
             UpstreamError: Nobody has it, as far as could be found out.
         """
         with self._absence(reference):
-            offer = await self._once(
+            offer = await self._tasks.once(
                 f"size of {reference}",
                 lambda: self._failover.first(
                     lambda source: source.upstream.nar_size(reference), "nar", reference
@@ -289,9 +283,9 @@ class Cache:
         result: Result = HIT
         file = self._if_readable(path, lambda: self._store.open_file(path))
         if file is None:
-            result = COALESCED if path in self._asked else MISS
+            result = COALESCED if path in self._tasks else MISS
             with self._absence(path):
-                unkept = await self._once(path, lambda: self._supplier.keep_file(path))
+                unkept = await self._tasks.once(path, lambda: self._supplier.keep_file(path))
             file = self._store.open_file(path) if unkept is None else OpenFile.holding(unkept)
         if file is None:
             raise NotFoundError(f"{path} is gone again")
@@ -312,9 +306,9 @@ class Cache:
             return ""
         withheld = known.upstream is not None and not self._store.has_narinfo(name.hash_part)
         if withheld and known.info.nar_name == name:
-            key = f"publish {name}"
-            if key not in self._asked:
-                _ = self._ask(key, self._supplier.publish_narinfo(name, known))
+            self._tasks.ensure(
+                f"publish {name}", lambda: self._supplier.publish_narinfo(name, known)
+            )
         return known.origin
 
     @contextlib.contextmanager
@@ -334,16 +328,6 @@ class Cache:
     def _refuse_if_absent(self, key: str) -> None:
         if self.is_absent(key):
             raise NotFoundError(f"no upstream has {key}")
-
-    async def _once(self, key: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Do something once for all who ask for it."""
-        return await asyncio.shield(self._asked.get(key) or self._ask(key, make()))
-
-    def _ask(self, key: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = self._spawn(work)
-        self._asked[key] = task
-        task.add_done_callback(lambda _task: self._asked.pop(key))
-        return task
 
     async def _joined(
         self, key: str, open_supply: Callable[[], AbstractAsyncContextManager[Supply]]
@@ -384,18 +368,5 @@ class Cache:
                 self._remember_absence(key)
 
         self._fetches[key] = fetch
-        _ = self._spawn(run())
+        _ = self._tasks.start(run())
         return fetch
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-        return task
-
-    def _finished(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, ProxyError):
-            trace = "".join(traceback.format_exception(error))
-            self._observer(Fault("a task of the cache", trace))  # who asked may have left
