@@ -132,10 +132,6 @@ class Cache:
         """Return the seconds for which an absence is still remembered; 0 if it is not."""
         return max(0.0, (self._absent.get(key) or 0.0) - self._clock())
 
-    def etag(self, name: NarName) -> str:
-        """Return the ETag of a NAR."""
-        return self._known.etag(name)
-
     @property
     def room(self) -> int:
         """Bytes that can be kept before anything has to be evicted."""

@@ -48,6 +48,12 @@ class KnownPath:
         return "" if self.upstream is None else self.upstream.name
 
     @property
+    def etag(self) -> str:
+        """An ETag of the NAR, made from its content."""
+        file_hash = self.info.file_hash
+        return f'"{self.info.nar_name}"' if file_hash is None else f'"{file_hash.nix32}"'
+
+    @property
     def source(self) -> Upstream:
         """The upstream, of which the narinfo's URL is.
 
@@ -103,9 +109,7 @@ class KnownPaths:
     def etag(self, name: NarName) -> str:
         """Make an ETag from the content: the same while a NAR arrives, when it is here, for ever."""
         known = self.get(name.hash_part)
-        if known is not None and known.info.nar_name == name and known.info.file_hash is not None:
-            return f'"{known.info.file_hash.nix32}"'
-        return f'"{name}"'
+        return known.etag if known is not None and known.info.nar_name == name else f'"{name}"'
 
     def learn(self, offer: Offer[Narinfo]) -> KnownPath:
         """Take in, and remember, what an upstream said."""

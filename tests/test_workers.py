@@ -20,6 +20,7 @@ from tests.closures import SigningKey, StoreEntry
 from tests.conftest import RunDaemon, RunSimulator
 from tests.daemon import DaemonProcess
 from tests.faults import Corrupt, Gate
+from tests.small_disk import fill, small_disk
 from tests.test_systemd_protocol import passing
 from tests.wire import Answer, Wire, until
 
@@ -222,6 +223,32 @@ async def test_every_kind_of_file_comes_through(
             assert (await wire.ask(MISSING.narinfo_path)).status == 404
             assert (await wire.ask(nar_target(MISSING))).status == 404
     assert upstream.gets(listing) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "middle"])
+async def test_a_full_disk_is_no_obstacle(
+    when: str, threaded_sim: RunSimulator, daemon: RunDaemon, tmp_path: Path
+) -> None:
+    """What the disk does not take comes through memory, to clients of all workers, and once."""
+    huge = StoreEntry.huge("huge-1.0", 20 << 20)
+    upstream = threaded_sim(huge)
+    gate = Gate(MIDDLE)
+    upstream.fault(huge.nar_path, gate)
+    (tmp_path / "daemon0").mkdir()
+    with small_disk(tmp_path / "daemon0" / "store", size=8 << 20) as disk:
+        proxy = daemon(upstream.url, workers=2)
+        async with AsyncExitStack() as stack:
+            if when == "before":
+                fill(disk)
+            first, second = one_each(await connections(stack, proxy))
+            answers = asyncio.gather(first.ask(nar_target(huge)), second.ask(nar_target(huge)))
+            await gate.reached.wait()
+            gate.open()
+            for answer in await answers:
+                assert (answer.status, answer.complete) == (200, True)
+                assert answer.body == bytes(huge.file)
+            proxy.kill()
+    assert upstream.gets(huge.nar_path) == 1
 
 
 # --- what each worker knows ---------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """A file that the core is fetching, as a worker sees it: the same file, and news of how far it is.
 
-All clients of a worker that want it share one `Arrival`, and so one descriptor passed by the core and one
+All clients of a worker that want it share one `Arrival`, and so the descriptors passed by the core and one
 stream of news. Each has a `Reader` with a position of its own, as those of `proxy.fetch` have.
+
+The file is one partial file on the disk; what the disk refuses of it comes as segments of memory, in which
+every byte has the offset that it has in the file (`proxy.store.incoming`). A segment that all readers have
+passed is closed, and the core told, which does not send more before.
 """
 
 from __future__ import annotations
@@ -9,11 +13,21 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from proxy.errors import StoreError
 from proxy.store.files import disk
-from proxy.workers.channel import NONE
+from proxy.workers.channel import NONE, close
 from proxy.workers.messages import Given
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A part of the file: ``stop`` is None while it is the last one, and grows."""
+
+    fd: int
+    start: int
+    stop: int | None = None
 
 
 class Arrival:
@@ -22,18 +36,26 @@ class Arrival:
     Args:
         number: How the core calls it.
         on_unread: Called when its last reader has left.
+        on_passed: Called when all readers have passed a segment.
     """
 
-    def __init__(self, number: int, on_unread: Callable[[Arrival], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        *,
+        on_unread: Callable[[Arrival], None],
+        on_passed: Callable[[], None],
+    ) -> None:
         self.number = number
         self.size: int | None = None
         self.whole = False
         self._on_unread = on_unread
+        self._on_passed = on_passed
         self._released = 0
         self._given: Given | None = None
-        self._fd = NONE
+        self._segments: list[_Segment] = []
         self._error: Exception | None = None
-        self._readers = 0
+        self._readers: set[Reader] = set()
         self._changed = asyncio.Event()
 
     @property
@@ -41,22 +63,34 @@ class Arrival:
         """Whether there will be no more news."""
         return self.whole or self._error is not None
 
+    @property
+    def can_be_joined(self) -> bool:
+        """Whether the beginning is still there."""
+        return not self._segments or self._segments[0].start == 0
+
     def attach(self) -> Reader:
-        """Make a reader; it has a descriptor once `Reader.open` has been waited for."""
-        self._readers += 1
-        return Reader(self)
+        """Make a reader; it can read once `Reader.open` has been waited for."""
+        reader = Reader(self)
+        self._readers.add(reader)
+        return reader
 
     def give(self, given: Given, fd: int) -> None:
         """The core has the file, and this descriptor of it; ours from now on."""
-        if self._readers == 0:
-            _close(fd)
-            return
-        if fd == NONE:
-            self.fail(StoreError("there are no descriptors left"))
-            return
-        self._given, self._fd = given, fd
+        self._given = given
+        self.extend(0, fd)
         self.progress(given.released, given.size)
         self.whole = self.whole or given.whole
+
+    def extend(self, start: int, fd: int) -> None:
+        """From ``start`` on, the file is to be read from this descriptor; ours from now on."""
+        if not self._readers:
+            close(fd)
+        elif fd == NONE:
+            self.fail(StoreError("there are no descriptors left"))
+        else:
+            if self._segments:
+                self._segments[-1].stop = start
+            self._segments.append(_Segment(fd, start))
 
     def progress(self, released: int, size: int | None) -> None:
         """So many bytes may be read."""
@@ -74,13 +108,25 @@ class Arrival:
         self._error = error
         self._wake()
 
-    def leave(self) -> None:
+    def leave(self, reader: Reader) -> None:
         """A reader has left."""
-        self._readers -= 1
-        if self._readers == 0:
-            _close(self._fd)
-            self._fd = NONE
-            self._on_unread(self)
+        self._readers.discard(reader)
+        if self._readers:
+            self.moved()
+            return
+        for segment in self._segments:
+            close(segment.fd)
+        self._segments.clear()
+        self._on_unread(self)
+
+    def moved(self) -> None:
+        """A reader has got further, or has left: let go of what nobody needs any more."""
+        if len(self._segments) == 1:
+            return
+        lowest = min((reader.position for reader in self._readers), default=0)
+        while self._segments and (stop := self._segments[0].stop) is not None and stop <= lowest:
+            close(self._segments.pop(0).fd)
+            self._on_passed()
 
     async def opened(self) -> Given:
         """Wait until the core has the file.
@@ -92,14 +138,17 @@ class Arrival:
             await self._change()
         return self._given
 
-    def descriptor(self) -> int:
-        """Return a new descriptor, which the caller closes.
+    def open_at(self, position: int) -> tuple[int, _Segment]:
+        """Return a new descriptor for reading at ``position``, and what part of the file it is for.
 
         Raises:
-            StoreError: There are no descriptors left.
+            StoreError: It is not here any more, or there are no descriptors left.
         """
-        with disk("cannot read"):
-            return os.dup(self._fd)
+        for segment in self._segments:
+            if segment.start <= position and (segment.stop is None or position < segment.stop):
+                with disk("cannot read"):
+                    return os.dup(segment.fd), segment
+        raise StoreError("this part of a transfer is not there any more")
 
     async def wait_beyond(self, position: int) -> int:
         """Wait as `proxy.fetch.Fetch.wait_beyond` does.
@@ -132,28 +181,32 @@ class Arrival:
 
 
 class Reader:
-    """One reader: a descriptor of its own, for positional reads. Whoever has it closes it.
+    """One reader: a position, and a descriptor of its own for what is there. Whoever has it closes it.
 
     Args:
         arrival: What it reads, where it counts as a reader already.
+
+    Attributes:
+        fd: For positional reads of what `wait_beyond` has returned last.
+        position: What came before it is not needed any more.
     """
 
-    __slots__ = ("_arrival", "_is_open", "fd")
+    __slots__ = ("_arrival", "_is_open", "_segment", "fd", "position")
 
     def __init__(self, arrival: Arrival) -> None:
         self._arrival = arrival
         self._is_open = True
+        self._segment: _Segment | None = None
         self.fd = NONE
+        self.position = 0
 
     async def open(self) -> Given:
-        """Wait for the file, and take a descriptor of it.
+        """Wait for the file.
 
         Raises:
             ProxyError: It does not come.
         """
-        given = await self._arrival.opened()
-        self.fd = self._arrival.descriptor()
-        return given
+        return await self._arrival.opened()
 
     @property
     def size(self) -> int | None:
@@ -166,7 +219,10 @@ class Reader:
         Raises:
             ProxyError: The fetch failed.
         """
-        return await self._arrival.wait_beyond(position)
+        self.position = position
+        self._arrival.moved()
+        end = await self._arrival.wait_beyond(position)
+        return self._advance(position, end) if end > position else end
 
     async def size_known(self) -> int:
         """Wait until the size is known.
@@ -178,13 +234,21 @@ class Reader:
 
     def close(self) -> None:
         """Close the descriptor, and leave; safe to repeat."""
-        _close(self.fd)
+        close(self.fd)
         self.fd = NONE
         if self._is_open:
             self._is_open = False
-            self._arrival.leave()
+            self._arrival.leave(self)
 
-
-def _close(fd: int) -> None:
-    if fd != NONE:
-        os.close(fd)
+    def _advance(self, position: int, end: int) -> int:
+        """Get ready to read at ``position``, and return how far: to ``end`` or less."""
+        segment = self._segment
+        if (
+            segment is None
+            or position < segment.start
+            or (segment.stop is not None and position >= segment.stop)
+        ):
+            fd, self._segment = self._arrival.open_at(position)
+            close(self.fd)
+            self.fd, segment = fd, self._segment
+        return end if segment.stop is None else min(end, segment.stop)

@@ -61,7 +61,7 @@ class Channel:
     def send(self, frame: bytes, fd: int = NONE) -> None:
         """Send a frame, and a descriptor, which is closed here when it has gone."""
         if self.closed:
-            _close(fd)
+            close(fd)
             return
         was_drained = self.is_drained
         self._queue.append((memoryview(_HEAD.pack(len(frame), fd != NONE) + frame), fd))
@@ -77,7 +77,7 @@ class Channel:
         self._loop.remove_writer(self._socket)
         self._socket.close()
         for fd in (*self._descriptors, *(fd for _, fd in self._queue)):
-            _close(fd)
+            close(fd)
         self._queue.clear()
         self._descriptors.clear()
 
@@ -88,7 +88,7 @@ class Channel:
                 data, fd = self._queue[0]
                 sent = _send(self._socket, data, fd)
                 self._queue[0] = (data[sent:], NONE)
-                _close(fd)
+                close(fd)
                 if sent == len(data):
                     self._queue.popleft()
         except BlockingIOError:
@@ -155,6 +155,7 @@ def _received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     return fds.tolist()
 
 
-def _close(fd: int) -> None:
+def close(fd: int) -> None:
+    """Close a descriptor, if it is one."""
     if fd != NONE:
         os.close(fd)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import socket
 import traceback
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 from proxy.errors import ProxyError
-from proxy.workers.channel import NONE, Channel
+from proxy.workers.channel import NONE, Channel, close
 from proxy.workers.messages import (
     Answer,
     Call,
@@ -42,7 +41,7 @@ class Link:
     Args:
         sock: A connected Unix socket, owned from now on.
         answer: Answers a question; with a descriptor to send along, or `NONE`.
-        hear: Takes a note.
+        hear: Takes a note, and the descriptor that came along, which is then its own, or `NONE`.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Link:
         sock: socket.socket,
         *,
         answer: Callable[[Question], Awaitable[tuple[Answer, int]]],
-        hear: Callable[[Note], None],
+        hear: Callable[[Note, int], None],
     ) -> None:
         self._answer = answer
         self._hear = hear
@@ -82,7 +81,7 @@ class Link:
             answer, fd = await answered
         except asyncio.CancelledError:
             if answered.done() and not answered.cancelled() and answered.exception() is None:
-                _close(answered.result()[1])
+                close(answered.result()[1])
             raise
         finally:
             del self._waiting[serial]
@@ -96,6 +95,11 @@ class Link:
             self._loop.call_soon(self._flush)
         if len(self._notes) < MOST_NOTES:
             self._notes.append(note)
+
+    def hand_over(self, note: Note, fd: int) -> None:
+        """Tell something, and send along a descriptor, which is closed here."""
+        notes, self._notes = self._notes, []
+        self._channel.send(encode(Notes((*notes, note))), fd)
 
     async def drained(self) -> None:
         """Wait until the kernel has taken everything that was told."""
@@ -132,8 +136,9 @@ class Link:
         envelope: Envelope = decode(frame)
         match envelope:
             case Notes(notes):
-                for note in notes:
-                    self._hear(note)
+                for note in notes[:-1]:
+                    self._hear(note, NONE)
+                self._hear(notes[-1], fd)  # what comes along belongs to the last one
             case Call(serial, question):
                 task = asyncio.create_task(self._reply(serial, question))
                 self._answering.add(task)
@@ -141,7 +146,7 @@ class Link:
             case Reply(serial, answer):
                 answered = self._waiting.get(serial)
                 if answered is None or answered.done():
-                    _close(fd)  # whoever asked does not wait any more
+                    close(fd)  # whoever asked does not wait any more
                 else:
                     answered.set_result((answer, fd))
 
@@ -162,8 +167,3 @@ class Link:
         for answered in self._waiting.values():
             if not answered.done():
                 answered.set_exception(LinkClosedError())
-
-
-def _close(fd: int) -> None:
-    if fd != NONE:
-        os.close(fd)

@@ -205,6 +205,13 @@ class Progress(Message, frozen=True):
     size: int | None
 
 
+class Segment(Message, frozen=True):
+    """From ``start`` on, a file that arrives is in the memory whose descriptor comes along."""
+
+    number: int
+    start: int
+
+
 class Whole(Message, frozen=True):
     """A file has arrived, and is what was signed."""
 
@@ -224,6 +231,12 @@ class Broken(Message, frozen=True):
 
 class Listening(Message, frozen=True):
     """It accepts connections."""
+
+
+class Passed(Message, frozen=True):
+    """No reader of a file that arrives needs what was before its second `Segment` any more."""
+
+    number: int
 
 
 class Release(Message, frozen=True):
@@ -292,9 +305,11 @@ Note: TypeAlias = (
     | Forget
     | Ahead
     | Progress
+    | Segment
     | Whole
     | Broken
     | Listening
+    | Passed
     | Release
     | Used
     | Connected

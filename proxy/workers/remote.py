@@ -29,7 +29,7 @@ from proxy.recent import Recent
 from proxy.store.files import OpenFile, disk
 from proxy.store.reader import StoreReader
 from proxy.workers.arrival import Arrival
-from proxy.workers.channel import NONE
+from proxy.workers.channel import NONE, close
 from proxy.workers.link import Link
 from proxy.workers.messages import (
     Absent,
@@ -39,8 +39,10 @@ from proxy.workers.messages import (
     Broken,
     Given,
     Narinfo,
+    Passed,
     Progress,
     Release,
+    Segment,
     Used,
     Whole,
     expect,
@@ -222,12 +224,15 @@ class RemoteCache:
         given = expect(Given, answer)
         return _content(_open(fd), given, given.result)
 
-    def hear(self, news: Progress | Whole | Broken) -> None:
-        """Take news of a file that arrives."""
+    def hear(self, news: Progress | Segment | Whole | Broken, fd: int) -> None:
+        """Take news of a file that arrives, and the descriptor that came along."""
         arrival = self._by_number.get(news.number)
         if arrival is None:
+            close(fd)
             return  # its last reader left before the core knew
         match news:
+            case Segment(_, start):
+                arrival.extend(start, fd)
             case Progress(_, released, size):
                 arrival.progress(released, size)
             case Whole(_, size):
@@ -263,7 +268,10 @@ class RemoteCache:
         held = self._held(name.hash_part)
         if held is None or held.nar_name != str(name) or not self.keeps(name.hash_part):
             return None
-        file = self._store.open_nar(name)
+        try:
+            file = self._store.open_nar(name)
+        except StoreError:
+            return None
         if file is None:
             return None
         held.kept = True
@@ -279,8 +287,8 @@ class RemoteCache:
         """Join those who read a file that arrives, or ask the core for it."""
         key = f"{kind} {name}"
         arrival = self._arrivals.get(key)
-        joined = arrival is not None
-        if arrival is None:
+        joined = arrival is not None and arrival.can_be_joined
+        if arrival is None or not joined:
             arrival = self._start(key, AskFile(kind, name, number=next(self._numbers)))
         reader = arrival.attach()
         try:
@@ -311,9 +319,12 @@ class RemoteCache:
                     del self._arrivals[key]  # who comes later asks again
                 arrival.fail(error)
 
-        arrival = self._by_number[question.number] = self._arrivals[key] = Arrival(
-            question.number, unread
+        arrival = Arrival(
+            question.number,
+            on_unread=unread,
+            on_passed=lambda: self._link.tell(Passed(question.number)),
         )
+        self._by_number[question.number] = self._arrivals[key] = arrival
         task = asyncio.create_task(ask())
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)

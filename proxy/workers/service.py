@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from proxy.answers import Content, File
+from proxy.answers import Content
 from proxy.cache import Cache
-from proxy.errors import NotFoundError, ProxyError
+from proxy.errors import NotFoundError
 from proxy.events import Observer
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import parse_hash_part
@@ -19,6 +19,7 @@ from proxy.prefetch import Prefetch
 from proxy.server.backend import Operations
 from proxy.store.files import OpenFile, disk
 from proxy.workers.channel import NONE
+from proxy.workers.follower import Follower
 from proxy.workers.link import Link
 from proxy.workers.messages import (
     Absent,
@@ -31,10 +32,8 @@ from proxy.workers.messages import (
     AskMetrics,
     AskNarinfo,
     AskStore,
-    Broken,
     Connected,
     Disconnected,
-    Failed,
     Given,
     Happened,
     Listening,
@@ -42,12 +41,11 @@ from proxy.workers.messages import (
     Narinfo,
     Note,
     PageFacts,
-    Progress,
+    Passed,
     Question,
     Release,
     StoreState,
     Used,
-    Whole,
 )
 
 
@@ -82,13 +80,13 @@ class Service:
         self._on_listening = on_listening
         self._clients: Counter[str] = Counter()
         self._wanted: set[int] = set()
-        self._following: dict[int, asyncio.Task[None]] = {}
+        self._following: dict[int, tuple[Follower, asyncio.Task[None]]] = {}
         self.link = Link(sock, answer=self._answer, hear=self._hear)
 
     async def close(self) -> None:
         """The worker has gone: so have its clients."""
         await self.link.close()
-        tasks = tuple(self._following.values())
+        tasks = [task for _, task in self._following.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -119,9 +117,8 @@ class Service:
         except NotFoundError as error:
             return Absent(str(error), self._core.cache.absent_for(f"{hash_part}.narinfo"))
         known = found.known
-        name = known.info.nar_name
-        etag = self._core.cache.etag(name)
-        return Narinfo(known.body, str(name), etag, known.origin, known.kept, found.result)
+        name = str(known.info.nar_name)
+        return Narinfo(known.body, name, known.etag, known.origin, known.kept, found.result)
 
     async def _file(self, question: AskFile) -> tuple[Answer, int]:
         self._wanted.add(question.number)
@@ -152,8 +149,10 @@ class Service:
             self._wanted.discard(question.number)
             file.close()
         else:
-            task = asyncio.create_task(self._follow(question.number, file))
-            self._following[question.number] = task
+            follower = Follower(question.number, file, self.link)
+            task = asyncio.create_task(follower.run())
+            self._following[question.number] = (follower, task)
+            task.add_done_callback(lambda _task: self._unfollow(question.number))
         return given, fd
 
     def _opener(self, question: AskFile) -> Awaitable[Content]:
@@ -165,44 +164,40 @@ class Service:
         nar_name = NarName.parse(name)
         return cache.nar_head(nar_name) if question.head else cache.nar(nar_name)
 
-    async def _follow(self, number: int, file: File) -> None:
-        """Tell how far a file is; a worker that is slow to listen hears of the last position only."""
-        position = 0
-        try:
-            while (released := await file.wait_beyond(position)) > position:
-                position = released
-                self.link.tell(Progress(number, released, file.size))
-                await self.link.drained()
-            self.link.tell(Whole(number, position))
-        except ProxyError as error:
-            self.link.tell(Broken(number, Failed.of(error)))
-        finally:
-            file.close()
-            self._wanted.discard(number)
-            del self._following[number]
+    def _unfollow(self, number: int) -> None:
+        self._wanted.discard(number)
+        del self._following[number]
 
-    def _hear(self, note: Note) -> None:
-        core = self._core
+    def _hear(self, note: Note, _fd: int) -> None:
         match note:
             case Happened():
-                core.observer(note.event())
+                self._core.observer(note.event())
             case Used(name):
-                core.cache.used(NarName.parse(name))
-            case Connected(client):
-                self._clients[client] += 1
-                core.prefetch.connected(client)
-            case Disconnected(client):
-                self._clients[client] -= 1
-                core.prefetch.disconnected(client)
-            case AskedPath(client, hash_part):
-                core.prefetch.asked_path(client, parse_hash_part(hash_part))
-            case AskedNar(client):
-                core.prefetch.asked_nar(client)
+                self._core.cache.used(NarName.parse(name))
+            case Connected() | Disconnected() | AskedPath() | AskedNar():
+                self._hear_of_client(note)
+            case Passed(number):
+                if number in self._following:
+                    self._following[number][0].passed()
             case Release(number):
                 self._wanted.discard(number)
                 if number in self._following:
-                    self._following[number].cancel()
+                    self._following[number][1].cancel()
             case Listening():
                 self._on_listening()
             case _:
                 raise TypeError(f"the core is not told {type(note).__name__}")
+
+    def _hear_of_client(self, note: Connected | Disconnected | AskedPath | AskedNar) -> None:
+        prefetch = self._core.prefetch
+        match note:
+            case Connected(client):
+                self._clients[client] += 1
+                prefetch.connected(client)
+            case Disconnected(client):
+                self._clients[client] -= 1
+                prefetch.disconnected(client)
+            case AskedPath(client, hash_part):
+                prefetch.asked_path(client, parse_hash_part(hash_part))
+            case AskedNar(client):
+                prefetch.asked_nar(client)

@@ -46,6 +46,7 @@ from proxy.workers.messages import (
     Progress,
     Question,
     Rules,
+    Segment,
     Setup,
     Stop,
     StoreState,
@@ -146,10 +147,10 @@ class Worker:
                 raise TypeError(f"a worker is not asked {type(question).__name__}")
         return Done(), NONE
 
-    def _hear(self, note: Note) -> None:
+    def _hear(self, note: Note, fd: int) -> None:
         match note:
-            case Progress() | Whole() | Broken():
-                self._cache.hear(note)
+            case Progress() | Segment() | Whole() | Broken():
+                self._cache.hear(note, fd)
             case Forget(hash_part):
                 self._cache.forget(HashPart(hash_part))
             case Ahead(name):
