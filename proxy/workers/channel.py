@@ -121,6 +121,7 @@ class Channel:
         self._take_frames()
 
     def _take_frames(self) -> None:
+        frames: list[tuple[bytes, int]] = []
         begin = 0
         while len(self._arrived) >= begin + _HEAD.size:
             length, with_descriptor = _HEAD.unpack_from(self._arrived, begin)
@@ -128,11 +129,14 @@ class Channel:
             if len(self._arrived) < end:
                 break
             frame = bytes(memoryview(self._arrived)[begin + _HEAD.size : end])
+            frames.append((frame, self._descriptors.popleft() if with_descriptor else NONE))
             begin = end
-            self._on_frame(frame, self._descriptors.popleft() if with_descriptor else NONE)
-            if self.closed:
-                return
         del self._arrived[:begin]
+        for frame, fd in frames:
+            if self.closed:
+                close(fd)
+            else:
+                self._on_frame(frame, fd)
 
     def _end(self) -> None:
         if not self.closed:

@@ -14,7 +14,6 @@ from proxy.workers.channel import NONE, Channel, close
 from proxy.workers.messages import (
     Answer,
     Call,
-    Envelope,
     Failed,
     Note,
     Notes,
@@ -133,7 +132,13 @@ class Link:
         self._drained.set()
 
     def _on_frame(self, frame: bytes, fd: int) -> None:
-        envelope: Envelope = decode(frame)
+        try:
+            envelope = decode(frame)
+        except ValueError:
+            close(fd)
+            self._channel.close()  # there is no talking with it; the other side sees the end, too
+            self._on_end()
+            return
         match envelope:
             case Notes(notes):
                 for note in notes[:-1]:

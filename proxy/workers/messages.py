@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, Literal, TypeAlias, TypeVar, get_args
 
-from msgspec import Raw, Struct, msgpack
+from msgspec import DecodeError, Raw, Struct, msgpack
 
 from proxy.errors import ProxyError
 from proxy.events import Event, Result
@@ -345,11 +345,23 @@ Envelope: TypeAlias = Call | Reply | Notes
 encode: Final = msgpack.Encoder().encode
 """Write an envelope, or a `Setup`."""
 
-decode: Final = msgpack.Decoder(Envelope).decode
-"""Read an envelope."""
+_envelopes: Final = msgpack.Decoder(Envelope)
 
 read_setup: Final = msgpack.Decoder(Setup).decode
 """Read what a worker is told before it begins."""
+
+
+def decode(frame: bytes) -> Envelope:
+    """Read an envelope.
+
+    Raises:
+        ValueError: The other side runs another version of us, which was installed meanwhile.
+    """
+    try:
+        envelope: Envelope = _envelopes.decode(frame)
+    except DecodeError as error:
+        raise ValueError(str(error)) from error
+    return envelope
 
 
 def expect(kind: type[M], answer: Answer) -> M:
