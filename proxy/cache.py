@@ -81,7 +81,7 @@ class Cache:
         self._negative_ttl = negative_ttl
         self._observer = observer
         self._clock = clock
-        self._known = KnownPaths(store, failover, observer)
+        self._known = KnownPaths(store, failover, observer, on_learnt=self._is_present)
         self._supplier = Supplier(store, failover, self._known, observer)
         self._absent: Recent[str, float] = Recent(ABSENT_PATHS)
         self._fetches: dict[str, Fetch] = {}
@@ -119,9 +119,9 @@ class Cache:
         """Return a path's narinfo if it is in memory."""
         return self._known.hot(hash_part)
 
-    def keeps(self, hash_part: HashPart) -> bool:
-        """Tell whether a path is in the store."""
-        return self._store.has_narinfo(hash_part)
+    def keeps_nar(self, name: NarName) -> bool:
+        """Tell whether a NAR is in the store."""
+        return self._store.has_nar(name)
 
     def is_absent(self, key: str) -> bool:
         """Tell whether a narinfo (``{hash part}.narinfo``) or another file is known to be absent."""
@@ -199,8 +199,15 @@ class Cache:
             return Text(known, HIT)
         key = f"{hash_part}.narinfo"
         joined = key in self._tasks
-        with self._absence(key):
-            learnt = await self._tasks.once(key, lambda: self._supplier.look_up(hash_part))
+        try:
+            with self._absence(key):
+                learnt = await self._tasks.once(key, lambda: self._supplier.look_up(hash_part))
+        except NotFoundError:
+            known = self._known.hot(hash_part)
+            if known is None:
+                raise
+            self._is_present(hash_part)  # it was learnt meanwhile, by somebody who wanted its NAR
+            return Text(known, HIT)
         self._absent.drop(str(learnt.info.nar_name))
         return Text(learnt, COALESCED if joined else MISS)
 
@@ -316,6 +323,10 @@ class Cache:
         except NotFoundError:
             self._remember_absence(key)
             raise
+
+    def _is_present(self, hash_part: HashPart) -> None:
+        """Forget that a path was absent: whoever answers absences looks at nothing else."""
+        self._absent.drop(f"{hash_part}.narinfo")
 
     def _remember_absence(self, key: str) -> None:
         if len(key) <= LONGEST_ABSENT:

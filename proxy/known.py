@@ -72,15 +72,25 @@ class KnownPaths:
         store: What is on the disk.
         failover: The upstreams, whose keys decide what counts.
         observer: Told of what does not verify.
+        on_learnt: Called for each path of which an upstream has said something.
     """
 
-    def __init__(self, store: Store, failover: Failover, observer: Observer) -> None:
+    def __init__(
+        self,
+        store: Store,
+        failover: Failover,
+        observer: Observer,
+        on_learnt: Callable[[HashPart], None] = lambda _hash_part: None,
+    ) -> None:
         self._store = store
         self._failover = failover
         self._observer = observer
+        self._on_learnt = on_learnt
         self._hot: Recent[HashPart, KnownPath] = Recent(
             HOT_BYTES, weigh=lambda known: PARSED * len(known.body)
         )
+        self.hot = self._hot.get
+        """Returns what is known of a path without looking at the disk."""
 
     def use(self, failover: Failover) -> None:
         """Trust the keys of other upstreams from now on."""
@@ -93,10 +103,6 @@ class KnownPaths:
         if known is not None:
             self._hot.put(hash_part, known)
         return known
-
-    def hot(self, hash_part: HashPart) -> KnownPath | None:
-        """Return what is known of a path without looking at the disk."""
-        return self._hot.get(hash_part)
 
     def elsewhere(self, name: NarName) -> KnownPath | None:
         """Return what leads to this NAR at an upstream."""
@@ -117,6 +123,7 @@ class KnownPaths:
         hash_part = known.info.store_path.hash_part
         self._store.remember_narinfo(offer.upstream.name, hash_part, offer.value.text)
         if any(source.upstream is offer.upstream for source in self._failover.sources):
+            self._on_learnt(hash_part)
             self._hot.put(hash_part, known)  # else the configuration has changed meanwhile
         return known
 

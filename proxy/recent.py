@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -65,3 +65,7 @@ class Recent(Generic[K, V]):
     def values(self) -> Iterable[V]:
         """Everything that is kept, in no particular order; this counts as no use."""
         return self._things.values()
+
+    def items(self) -> Sequence[tuple[K, V]]:
+        """Everything that is kept now, with its key; this counts as no use."""
+        return tuple(self._things.items())

@@ -189,17 +189,19 @@ class Server:
                     self.prefetch.asked_nar(_client_of(request))
                 nar = await (self._cache.nar_head(name) if is_head else self._cache.nar(name))
                 with nar:
-                    self.lane.keep_open(request.raw_path, name, nar)
-                    return await self._deliver(request, outcome, nar, NAR_TYPE, wanted)
+                    response = await self._deliver(request, outcome, nar, NAR_TYPE, wanted)
+                    if outcome.complete and outcome.body_bytes == nar.size:
+                        self.lane.keep(request.raw_path, name, nar)
+                    return response
             case ForeignNar(reference):
                 outcome.route = "nar"
                 pass_on = self._cache.foreign_nar_head if is_head else self._cache.foreign_nar
-                nar = await pass_on(reference)
-                return await self._deliver(request, outcome, nar, NAR_TYPE, wanted)
+                with await pass_on(reference) as nar:
+                    return await self._deliver(request, outcome, nar, NAR_TYPE, wanted)
             case SideFile(path, content_type):
                 outcome.route = "file"
-                file = await self._cache.file(path)
-                return await self._deliver(request, outcome, file, content_type, wanted)
+                with await self._cache.file(path) as file:
+                    return await self._deliver(request, outcome, file, content_type, wanted)
 
     async def _deliver(
         self,
@@ -210,21 +212,20 @@ class Server:
         wanted: ByteRange | None,
     ) -> web.StreamResponse:
         """Send a file, or the wanted part of it, or only its headers."""
-        with content:
-            outcome.result = content.result
-            headers = file_headers(content_type, content.etag, content.result, content.upstream)
-            response = web.StreamResponse(headers=headers)
-            if self.draining:
-                response.force_close()
-            if request.headers.get("If-Range", content.etag) != content.etag:
-                wanted = None  # the client has a part of something else
-            if content.file is not None and (wanted is not None or request.version < HttpVersion11):
-                await content.file.size_known()
-            span = _span(response, wanted, content.size)
-            if content.file is not None and request.method != "HEAD":
-                if span is None:
-                    response.enable_chunked_encoding()
-                await self._send(Delivery(request, response, content.file), span, outcome)
+        outcome.result = content.result
+        headers = file_headers(content_type, content.etag, content.result, content.upstream)
+        response = web.StreamResponse(headers=headers)
+        if self.draining:
+            response.force_close()
+        if request.headers.get("If-Range", content.etag) != content.etag:
+            wanted = None  # the client has a part of something else
+        if content.file is not None and (wanted is not None or request.version < HttpVersion11):
+            await content.file.size_known()
+        span = _span(response, wanted, content.size)
+        if content.file is not None and request.method != "HEAD":
+            if span is None:
+                response.enable_chunked_encoding()
+            await self._send(Delivery(request, response, content.file), span, outcome)
         return response
 
     async def _send(self, delivery: Delivery, span: Span | None, outcome: _Outcome) -> None:

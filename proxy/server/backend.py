@@ -53,11 +53,11 @@ class Cache(Protocol):
     def hot_narinfo(self, hash_part: HashPart) -> HotNarinfo | None:
         """Return a path's narinfo if it is in memory."""
 
-    def keeps(self, hash_part: HashPart) -> bool:
-        """Tell whether a path is in the store."""
+    def keeps_nar(self, name: NarName) -> bool:
+        """Tell whether a NAR is in the store."""
 
     def is_absent(self, key: str) -> bool:
-        """Tell whether a narinfo (``{hash part}.narinfo``) is known to be absent."""
+        """Tell whether a narinfo (``{hash part}.narinfo``) is known to be absent, and not here since."""
 
     def used(self, name: NarName) -> None:
         """Note that a NAR of the store was given to somebody past this cache."""

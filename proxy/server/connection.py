@@ -12,7 +12,11 @@ parser has made of the same bytes before:
   without a body. Nix sends the same block with every request, so one slow request teaches it.
 
 So nothing can hide in a header's value, in another request's body, or behind a Content-Length. What is not
-sure goes to aiohttp, on the same connection and in order.
+sure goes to aiohttp, on the same connection and in order. What a piece was found to ask for is remembered
+(`Server.requests`), which says nothing of the answer.
+
+Answers are written to the socket itself, past the transport. That is safe because the transport of an idle
+connection has nothing left to write; what the socket does not take at once is left to the transport.
 
 This needs to look into aiohttp's `RequestHandler`. `missing_slots` tells when what it looks at is not there
 (any more); the fast lane then stays closed.
@@ -21,6 +25,7 @@ This needs to look into aiohttp's `RequestHandler`. `missing_slots` tells when w
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -30,7 +35,7 @@ from aiohttp.streams import EMPTY_PAYLOAD
 
 from proxy.server.backend import Audience
 from proxy.server.body import STALL_TIMEOUT
-from proxy.server.fastlane import FastLane
+from proxy.server.fastlane import FastLane, Lookup
 
 KEEPALIVE: Final = 120.0
 """Seconds that an idle connection is kept: longer than Nix keeps it (curl: 118 s), so that Nix never
@@ -41,6 +46,16 @@ MOST_BLOCKS: Final = 256
 
 LONGEST_BLOCK: Final = 2_048
 """Bytes; Nix's has about 150."""
+
+MOST_REQUESTS: Final = 8_192
+"""Whole requests whose meaning is remembered, of all connections together."""
+
+LONGEST_REQUEST: Final = 512
+"""Bytes of one of them; Nix's have about 250."""
+
+RECEIVED: Final = 2**16
+"""Bytes that are received at once. asyncio would have memory for 256 KiB made each time, which malloc(3)
+gets from the kernel and gives back; that takes longer than a hot request."""
 
 _SLOTS: Final = (
     "_close",
@@ -99,6 +114,8 @@ class Server(web.Server):
         self.lane = lane
         self.blocks: set[bytes] = set()
         """Header blocks that the parser has accepted as those of plain GETs."""
+        self.requests: dict[bytes, Lookup] = {}
+        """What was asked for by requests that the lane has answered, byte for byte."""
 
     def __call__(self) -> web.RequestHandler:
         """Make a connection; called by the event loop for each that is accepted."""
@@ -113,7 +130,17 @@ class Connection(web.RequestHandler):
         loop: The event loop.
     """
 
-    __slots__ = ("_answer", "_blocks", "_clean", "_prefetch", "_refuse", "_stalled", "client")
+    __slots__ = (
+        "_blocks",
+        "_clean",
+        "_lane",
+        "_prefetch",
+        "_refuse",
+        "_requests",
+        "_socket",
+        "_stalled",
+        "client",
+    )
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -123,8 +150,10 @@ class Connection(web.RequestHandler):
             access_log=None,  # type: ignore[arg-type]  # None is what switches it off
         )
         self._refuse = server.refuse
-        self._answer = _no_answer if server.lane is None else server.lane.answer
+        self._lane = server.lane
         self._blocks = server.blocks
+        self._requests = server.requests
+        self._socket = -1
         self._clean = server.lane is not None
         self._prefetch = server.prefetch
         self._stalled: asyncio.TimerHandle | None = None
@@ -136,11 +165,15 @@ class Connection(web.RequestHandler):
         if self.transport is not None:
             # Whatever a client leaves unread pauses writing, and so starts the watch over it.
             self.transport.set_write_buffer_limits(high=0)
+        self._socket = _plain_socket(transport)
+        if hasattr(transport, "max_size"):
+            transport.max_size = RECEIVED
         self.client = client_of(transport.get_extra_info("peername"))
         self._prefetch.connected(self.client)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Note that a client may have left."""
+        self._socket = -1  # its number will be another's
         super().connection_lost(exc)
         self._watch(None)
         self._prefetch.disconnected(self.client)
@@ -166,14 +199,20 @@ class Connection(web.RequestHandler):
         if not self._clean:
             super().data_received(data)
             return
-        end = data.find(b" ", 4)
-        if data[end:] in self._blocks and data.startswith(b"GET /") and self._is_idle():
-            answer = self._answer(data[4:end], self.client)
-            if answer is not None and self.transport is not None:
+        waiter = self._waiter
+        if (
+            waiter is not None
+            and not waiter.done()
+            and not self._messages
+            and not (self._paused or self._close or self._force_close)
+        ):
+            look_up = self._requests.get(data) or self._read(data)
+            answer = None if look_up is None else look_up(self.client)
+            if answer is not None:
                 self._next_keepalive_close_time = self._loop.time() + KEEPALIVE
-                self.transport.write(answer)
+                self._send(answer)
                 return
-        self._parse(data, data[end:])
+        self._parse(data)
 
     def handle_error(
         self,
@@ -186,16 +225,29 @@ class Connection(web.RequestHandler):
         del request, exc, message
         return self._refuse(status)
 
-    def _is_idle(self) -> bool:
-        waiter = self._waiter
-        return (
-            waiter is not None
-            and not waiter.done()
-            and not self._messages
-            and not (self._paused or self._close or self._force_close)
-        )
+    def _read(self, data: bytes) -> Lookup | None:
+        """Find out what a piece asks for, if it can only be read in one way."""
+        end = data.find(b" ", 4)
+        if self._lane is None or data[end:] not in self._blocks or not data.startswith(b"GET /"):
+            return None
+        look_up = self._lane.lookup(data[4:end])
+        if look_up is not None and len(data) <= LONGEST_REQUEST:
+            if len(self._requests) >= MOST_REQUESTS:
+                self._requests.clear()
+            self._requests[data] = look_up
+        return look_up
 
-    def _parse(self, data: bytes, block: bytes) -> None:
+    def _send(self, answer: tuple[bytes, bytes]) -> None:
+        """Send an answer in one system call, and what the socket does not take when it does."""
+        head, rest = answer
+        try:
+            sent = os.writev(self._socket, answer)
+        except OSError:
+            sent = 0  # the transport will find the same, and knows what to do
+        if sent != len(head) + len(rest) and self.transport is not None:
+            self.transport.write((head + rest)[sent:])
+
+    def _parse(self, data: bytes) -> None:
         """Let aiohttp parse a piece, and see whether it was one request and no more."""
         queued = len(self._messages)
         super().data_received(data)
@@ -204,6 +256,7 @@ class Connection(web.RequestHandler):
             self._clean = False
             return
         message, payload = self._messages[-1]
+        block = data[data.find(b" ", 4) :]
         if not isinstance(message, RawRequestMessage) or payload is not EMPTY_PAYLOAD:
             self._clean = False
         elif data.startswith(b"GET /") and _is_plain(message) and len(block) <= LONGEST_BLOCK:
@@ -217,8 +270,12 @@ def client_of(peer: object) -> str:
     return str(peer[0]) if isinstance(peer, tuple) else "unix"
 
 
-def _no_answer(_target: bytes, _client: str) -> None:
-    """The fast lane when it is closed."""
+def _plain_socket(transport: asyncio.BaseTransport) -> int:
+    """Return the descriptor of a connection's socket, or -1 where what is written there is encrypted."""
+    socket = transport.get_extra_info("socket")
+    if socket is None or transport.get_extra_info("sslcontext") is not None:
+        return -1
+    return int(socket.fileno())
 
 
 def missing_slots() -> list[str]:

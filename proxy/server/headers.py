@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from http import HTTPStatus
 from typing import Final
 
 from proxy.events import Result
@@ -43,9 +42,7 @@ def error_headers() -> dict[str, str]:
     return {"Content-Type": TEXT_TYPE, "Server": SOFTWARE}
 
 
-def head(status: int, headers: Mapping[str, str], length: int) -> bytes:
-    """Write status line and headers, up to where ``Date`` and the empty line go."""
-    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
-    lines += (f"{name}: {value}" for name, value in headers.items())
-    lines += (f"Content-Length: {length}", "")
-    return "\r\n".join(lines).encode()
+def tail(headers: Mapping[str, str], length: int) -> bytes:
+    """Write headers and the empty line: all that follows the status line and ``Date``."""
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join((*lines, f"Content-Length: {length}", "", "")).encode()

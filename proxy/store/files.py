@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,27 @@ class OpenFile:
     async def size_known(self) -> int:
         """Return the size, which a complete file has."""
         return self.size
+
+    def read_at_once(self) -> bytes:
+        """Return the beginning of the file, as far as it can be read without waiting for a disk.
+
+        For what was read just before: a file system that cannot tell (no ``RWF_NOWAIT``) is believed
+        to have it in memory.
+
+        Raises:
+            StoreError: The disk failed.
+        """
+        buffer = bytearray(self.size)
+        with disk("cannot read"):
+            try:
+                count = os.preadv(self.fd, [buffer], 0, os.RWF_NOWAIT)
+            except BlockingIOError:
+                return b""
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                count = os.preadv(self.fd, [buffer], 0)
+        return bytes(memoryview(buffer)[:count])
 
     def close(self) -> None:
         """Close the descriptor; safe to repeat."""

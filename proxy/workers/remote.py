@@ -24,7 +24,7 @@ from proxy.events import COALESCED, HIT, Result
 from proxy.nix import narinfo
 from proxy.nix.nar_name import NarName
 from proxy.nix.signature import Keyring
-from proxy.nix.store_path import HashPart
+from proxy.nix.store_path import HASH_PART_LENGTH, HashPart
 from proxy.recent import Recent
 from proxy.store.files import OpenFile, disk
 from proxy.store.reader import StoreReader
@@ -147,10 +147,18 @@ class RemoteCache:
         """Tell whether a path is in the store."""
         return self._store.has_narinfo(hash_part)
 
+    def keeps_nar(self, name: NarName) -> bool:
+        """Tell whether a NAR is in the store."""
+        return self._store.has_nar(name)
+
     def is_absent(self, key: str) -> bool:
-        """Tell whether a narinfo is known to be absent."""
+        """Tell whether a narinfo is known to be absent, and no other worker has brought it since."""
         expires = self._absent.get(key)
-        return expires is not None and self._clock() < expires
+        return (
+            expires is not None
+            and self._clock() < expires
+            and not self.keeps(HashPart(key[:HASH_PART_LENGTH]))
+        )
 
     def used(self, name: NarName) -> None:
         """Note that a NAR of the store was given to a client."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import random
+import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -15,7 +18,13 @@ from hypothesis import strategies as st
 
 from proxy.events import FastlaneClosed, Fault
 from proxy.server import connection
-from proxy.server.connection import KEEPALIVE, LONGEST_BLOCK, MOST_BLOCKS
+from proxy.server.connection import (
+    KEEPALIVE,
+    LONGEST_BLOCK,
+    LONGEST_REQUEST,
+    MOST_BLOCKS,
+    MOST_REQUESTS,
+)
 from proxy.server.connection import Server as Connections
 from proxy.server.listening import listening
 from tests.faults import Gate
@@ -406,6 +415,72 @@ async def test_a_client_that_does_not_read(proxy: InsideProxy) -> None:
         assert through_the_lane(proxy) == before + asked + 1
 
 
+@pytest.mark.parametrize("taken", [0, 1, 100, 250, 2_999, None])
+@pytest.mark.parametrize("target", HOT)
+async def test_a_socket_that_takes_a_part(
+    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, target: str, taken: int | None
+) -> None:
+    """Wherever a socket stops taking an answer, in the headers or behind, the rest follows in order."""
+    (right,) = await slowly(proxy, [plain(target)])
+    real = os.writev
+
+    def writev(fd: int, parts: Sequence[bytes]) -> int:
+        if not taken:
+            error = errno.EAGAIN if taken == 0 else errno.EBADF
+            raise OSError(error, os.strerror(error))
+        return real(fd, [b"".join(parts)[:taken]])
+
+    async with taught(proxy) as server, Piecewise(server) as client:
+        before = through_the_lane(proxy)
+        monkeypatch.setattr(os, "writev", writev)
+        for _ in range(3):
+            assert answers(await client.ask(plain(target))) == [right]
+        assert through_the_lane(proxy) == before + 3
+
+
+async def test_a_connection_that_breaks(
+    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that is gone when it is answered is dropped, and that is no fault."""
+
+    def writev(fd: int, parts: Sequence[bytes]) -> int:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    async with taught(proxy) as server, Piecewise(server) as client:
+        monkeypatch.setattr(os, "writev", writev)
+        client._ours.shutdown(socket.SHUT_RDWR)
+        client.feed(INSIDE)
+        await turns(3)
+        assert not client.open
+        assert len(server.connections) == 0
+    assert not proxy.observed(Fault)
+
+
+async def test_an_unlucky_number(proxy: InsideProxy) -> None:
+    """A connection that is lost writes nothing more to its descriptor, which may be another's."""
+    async with taught(proxy) as server, Piecewise(server) as client:
+        client.transport.abort()
+        await turns(3)
+        assert client.protocol._socket == -1
+
+
+@pytest.mark.parametrize("target", HOT)
+async def test_a_unix_socket(proxy: InsideProxy, tmp_path: Path, target: str) -> None:
+    """On a Unix socket the fast lane answers as it does on any other."""
+    path = tmp_path / "listening"
+    (right,) = await slowly(proxy, [plain(target)])
+    async with listening(proxy.server, [path], shutdown_timeout=1, linger=0):
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        before = through_the_lane(proxy)
+        for _ in range(3):
+            writer.write(plain(target))
+            head = await reader.readuntil(b"\r\n\r\n")
+            body = await reader.readexactly(len(right.body))
+            assert answers(head + body) == [right]
+        assert through_the_lane(proxy) == before + 2
+        writer.close()
+
+
 @pytest.mark.parametrize("later", range(10))
 async def test_behind_the_last_one(proxy: InsideProxy, later: int) -> None:
     """Behind a request that says that it is the last one, nothing is answered."""
@@ -653,6 +728,31 @@ async def test_made_up_headers(proxy: InsideProxy, made_up_ones: int) -> None:
         for piece in real * 10:
             assert codes(await client.ask(piece.replace(b"/healthz", NAR.encode()))) == [200]
         assert through_the_lane(proxy) >= before + 18  # each has to be learnt once at most
+
+
+async def test_requests_that_are_remembered(
+    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what requests mean, a bounded number is remembered, and none of the long ones; all are answered."""
+    assert MOST_REQUESTS * LONGEST_REQUEST <= 2**22
+    monkeypatch.setattr(connection, "MOST_REQUESTS", 4)
+    async with taught(proxy) as server, Piecewise(server) as client:
+        for number in range(20):
+            before = through_the_lane(proxy)
+            made_up_one = f"/{number:032d}.narinfo"
+            for _ in range(2):
+                assert codes(await client.ask(plain(made_up_one))) == [404]
+            for target in HOT:
+                await client.ask(plain(target))
+            assert through_the_lane(proxy) == before + 1 + len(HOT)
+            assert len(server.requests) <= 4
+        known = dict(server.requests)
+        long = made_up(0, LONGEST_REQUEST).replace(b"/healthz", NARINFO.encode())
+        before = through_the_lane(proxy)
+        for _ in range(3):
+            assert codes(await client.ask(long)) == [200]
+        assert through_the_lane(proxy) == before + 2
+        assert server.requests == known
 
 
 async def test_long_headers(proxy: InsideProxy) -> None:

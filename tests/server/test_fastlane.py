@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import sqlite3
-import stat
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import pytest
 from proxy import known
 from proxy.events import Evicted, FastlaneServed, Fault, Rejected, RequestServed
 from proxy.server import fastlane
-from proxy.server.fastlane import OPEN_NARS, SMALL_NAR
+from proxy.server.fastlane import NAR_BYTES, SMALL_NAR
 from proxy.store import index
 from proxy.store.eviction import Limits
 from tests.closures import SigningKey, StoreEntry, closure
@@ -98,13 +97,13 @@ async def the_long_way(proxy: InsideProxy, target: str) -> Answer:
     return answer
 
 
-def kept_open(proxy: InsideProxy) -> list[str]:
-    """Return which NARs of the store this process has open, once for each descriptor."""
-    found = []
+def kept(proxy: InsideProxy) -> list[str]:
+    """Return the targets of the NARs in memory, and check that no file is open for them."""
+    folder = f"{proxy.folder}/nar/"
     for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the descriptor of this very folder
-            found.append(str(fd.readlink()).removesuffix(" (deleted)"))
-    return sorted(path for path in found if path.startswith(f"{proxy.folder}/nar/"))
+            assert not str(fd.readlink()).startswith(folder)
+    return sorted(target.decode() for target, _ in proxy.server.lane._nars.items())
 
 
 def nar_url(entry: StoreEntry) -> str:
@@ -457,97 +456,131 @@ async def test_nars_that_are_evicted(sim: StartSimulator, tmp_path: Path) -> Non
 
 
 async def test_a_nar_that_is_cut_short(proxy: InsideProxy) -> None:
-    """A NAR that somebody has cut short is hot no longer; no length is announced that is not sent."""
+    """When somebody cuts a file short, no length is announced that is not sent, both ways."""
     async with Lane(proxy) as lane:
         assert (await lane.ask(NAR))[1]
         os.truncate(proxy.folder / NAR[1:], 1_000)
         for _ in range(2):
+            answer, took_it = await lane.ask(NAR)
+            assert (answer.body, took_it) == (bytes(SMALL.file), True)
+        proxy.server.lane.forget_nars()
+        for _ in range(2):
             answer, _ = await lane.ask(NAR)
             assert b"Content-Length: %d" % len(answer.body) in answer.headers
-            assert answer.body in (bytes(SMALL.file), bytes(SMALL.file)[:1_000])
-        os.truncate(proxy.folder / NAR[1:], 0)
-        answer, took_it = await lane.ask(NAR)
-        assert not took_it
-        assert b"Content-Length: %d" % len(answer.body) in answer.headers
+            assert answer.body == bytes(SMALL.file)[:1_000]
     assert not proxy.observed(Fault)
 
 
-async def test_a_disk_that_fails(proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the fast lane cannot read is left to the long way; the connection goes on."""
+async def test_a_nar_that_was_removed_for_a_reason(
+    proxy: InsideProxy, cache: BinaryCacheSimulator
+) -> None:
+    """What is removed from the store is not answered from memory for longer than until the next account."""
+    async with Lane(proxy) as lane:
+        assert (await lane.ask(NAR))[1]
+        (proxy.folder / NAR[1:]).unlink()
+        assert (await lane.ask(NAR))[1]  # and an account is given
+        asked = cache.gets("/nar/*")
+        answer, took_it = await lane.ask(NAR)
+        assert (answer.body, took_it) == (bytes(SMALL.file), False)
+        assert cache.gets("/nar/*") == asked + 1
+        await proxy.idle()
 
-    def fail(fd: int, count: int, offset: int) -> bytes:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EAGAIN])
+async def test_a_disk_that_fails(
+    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """What cannot be read at once is not taken into memory, and is answered the long way."""
+
+    def fail(fd: int, buffers: object, offset: int, flags: int = 0) -> int:
+        raise OSError(error, os.strerror(error))
 
     async with Lane(proxy) as lane:
         right = await the_long_way(proxy, NAR)
+        proxy.server.lane.forget_nars()
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pread", fail)
-            assert await lane.ask(NAR) == (right, False)
-        assert await lane.ask(NARINFO) == (await the_long_way(proxy, NARINFO), True)
+            patch.setattr(os, "preadv", fail)
+            for _ in range(2):
+                assert await lane.ask(NAR) == (right, False)
+        assert await lane.ask(NAR) == (right, False)
+        assert await lane.ask(NAR) == (right, True)
 
 
-# --- descriptors ------------------------------------------------------------------------------
-
-
-async def test_descriptors(
-    sim: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_file_system_that_cannot_tell(
+    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NARs are kept open up to a number, each once, the ones used last; and none after the end."""
-    monkeypatch.setattr(fastlane, "OPEN_NARS", 4)
-    entries = [StoreEntry.make(f"many-{n}", b"x" * 100, compression="none") for n in range(10)]
+    """Where the kernel does not say what is in memory, NARs are hot all the same."""
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[bytearray], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real(fd, buffers, offset)
+
+    async with Lane(proxy) as lane:
+        right = await the_long_way(proxy, NAR)
+        proxy.server.lane.forget_nars()
+        monkeypatch.setattr(os, "preadv", preadv)
+        assert await lane.ask(NAR) == (right, False)
+        assert await lane.ask(NAR) == (right, True)
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+async def test_memory(sim: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NARs are in memory up to so many bytes, each once, the ones used last; and none after the end."""
+    monkeypatch.setattr(fastlane, "NAR_BYTES", 5_000)
+    entries = [
+        StoreEntry.make(f"many-{n}", random.Random(n).randbytes(900), compression="none")
+        for n in range(10)
+    ]
     async with hot_proxy(tmp_path, await sim(*entries)) as proxy:
         await warm(proxy, *entries)
-        assert len(kept_open(proxy)) == 4
+        most = len(kept(proxy))
+        assert most == len(set(kept(proxy))) in (3, 4)
         async with Lane(proxy) as lane:
             for _ in range(2):
-                for entry in entries[6:]:
+                for entry in entries[-most:]:
                     assert (await lane.ask(nar_url(entry)))[1]
             for _ in range(3):
-                for entry in entries[:6]:
+                for entry in entries:
                     assert (await lane.ask(nar_url(entry)))[0].body == bytes(entry.file)
-                    assert len(kept_open(proxy)) == 4
+                    assert len(kept(proxy)) == most
             for headers in ({"Range": "bytes=0-3"}, {"If-Range": '"x"'}):
                 for _ in range(3):
                     await proxy.pull(nar_url(entries[5]), headers)
             await proxy.pull(nar_url(entries[5]), method="HEAD")
-            assert len(kept_open(proxy)) == len(set(kept_open(proxy))) == 4
-    assert kept_open(proxy) == []
+            assert len(kept(proxy)) == len(set(kept(proxy))) == most
+    assert kept(proxy) == []
 
 
-async def test_no_descriptors_of_large_ones(proxy: InsideProxy) -> None:
-    """A NAR that is not small is not kept open."""
-    assert kept_open(proxy) == [f"{proxy.folder}{NAR}"]
+async def test_large_ones_are_not_in_memory(proxy: InsideProxy) -> None:
+    """A NAR that is not small is not held in memory."""
+    assert kept(proxy) == [NAR]
+
+
+@pytest.mark.parametrize("headers", [{"Range": "bytes=0-3"}, {}])
+async def test_what_was_not_sent_is_not_kept(proxy: InsideProxy, headers: dict[str, str]) -> None:
+    """Only a NAR that was sent whole is taken into memory: of others the pages may be on the disk."""
+    proxy.server.lane.forget_nars()
+    await proxy.pull(NAR, headers, method="GET" if headers else "HEAD")
+    assert kept(proxy) == []
+    await proxy.pull(NAR)
+    assert kept(proxy) == [NAR]
 
 
 async def test_names_of_one_nar(proxy: InsideProxy) -> None:
-    """However many names clients make up for a NAR, it is kept open once."""
+    """However many names clients make up for a NAR, it is in memory once."""
     for number in range(10):
         await proxy.pull(f"{NAR}?{number}")
         await proxy.idle()
-    assert kept_open(proxy) == [f"{proxy.folder}{NAR}"]
-
-
-async def test_no_descriptor_is_left(proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When there is no descriptor to keep a NAR open with, it is answered, and nothing leaks."""
-    real = os.dup
-
-    def dup(fd: int) -> int:
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return real(fd)
-
-    before = kept_open(proxy)
-    monkeypatch.setattr(os, "dup", dup)
-    for _ in range(3):
-        answer = await the_long_way(proxy, NAR)
-        assert (answer.code, answer.body) == (200, bytes(SMALL.file))
-    assert kept_open(proxy) in (before, [])
-    assert not proxy.observed(Fault)
+    assert kept(proxy) == [NAR]
 
 
 def test_bounds() -> None:
-    """What is kept open, and what is read in one turn of the event loop, is little."""
-    assert OPEN_NARS <= 1_024
+    """What is in memory, and what is written in one turn of the event loop, is little."""
+    assert NAR_BYTES <= 2**25
     assert SMALL_NAR <= 2**18
 
 
