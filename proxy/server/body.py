@@ -2,7 +2,8 @@
 
 The bytes go from the page cache to the socket with sendfile(2), past the transport, whose own
 `asyncio.loop.sendfile` neither notices a client that has stopped reading nor says how far it got. That is
-safe as long as the transport has nothing left to write, which is waited for first.
+safe as long as the transport has nothing left to write, which is waited for first. Where pages are missing
+they are brought in by a thread (`proxy.store.pages`), so that a slow disk holds up its own readers only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from aiohttp.abc import AbstractStreamWriter
 from proxy.answers import File
 from proxy.errors import StoreError
 from proxy.server.ranges import Span
-from proxy.store.files import disk
+from proxy.store import pages
+from proxy.store.files import OpenFile, disk
 
 WINDOW = 2**20
 """Bytes for one client in one turn of the event loop."""
@@ -96,15 +98,23 @@ class Delivery:
         async with _gone_if_stalled():
             await writer.drain()  # to the last byte: `connection` has set the limit to 0
         with _duplicate_of(transport) as socket:
-            position = span.start
+            position = looked_at = span.start
             while position < span.stop:
                 end = min(span.stop, await self._file.wait_beyond(position))
                 while position < end:
+                    if looked_at < min(end, position + WINDOW):
+                        start, looked_at = looked_at, min(end, looked_at + WINDOW)
+                        await self._bring_in(start, looked_at)
                     count = await _send_some(socket, self._file.fd, position, end - position)
                     position += count
                     self.sent += count
                     if position < span.stop:
                         await asyncio.sleep(0)  # the others' turn
+
+    async def _bring_in(self, start: int, stop: int) -> None:
+        """See to it that a part of the file is in memory; what arrives has just been written."""
+        if isinstance(self._file, OpenFile) and not pages.are_in_memory(self._file.fd, start, stop):
+            await pages.bring_in(self._file.fd, start, stop)
 
 
 async def _send_some(socket: int, fd: int, position: int, count: int) -> int:

@@ -1,0 +1,71 @@
+"""Pages of files: which are in memory, and bringing those that are not there without holding up the loop.
+
+sendfile(2) waits for the disk where a page is missing, and with it everybody whom the event loop serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from proxy.errors import StoreError
+
+STRIDE: Final = 2**18
+"""Bytes between two pages that are looked at: the kernel reads ahead, and drops, in larger pieces."""
+
+AHEAD: Final = 2**23
+"""Bytes that the kernel is asked to read; most of them are there when their turn comes."""
+
+DEADLINE: Final = 60.0
+"""Seconds after which a disk that has not answered is given up."""
+
+_PIECE: Final = 2**18
+_READERS: Final = ThreadPoolExecutor(4, thread_name_prefix="read-ahead")
+
+
+def are_in_memory(fd: int, start: int, stop: int) -> bool:
+    """Tell whether a part of a file can, in all likelihood, be read without waiting.
+
+    False also where the file system cannot tell: those without ``RWF_NOWAIT`` are the slow ones.
+    """
+    byte = bytearray(1)
+    try:
+        for offset in (*range(start, stop, STRIDE), stop - 1):
+            os.preadv(fd, [byte], offset, os.RWF_NOWAIT)
+    except OSError:
+        return False
+    return True
+
+
+async def bring_in(fd: int, start: int, stop: int) -> None:
+    """Have a part of a file read into memory by a thread, and more of it by the kernel.
+
+    Raises:
+        StoreError: The disk does not answer. Whoever reads what is there finds out what else is wrong.
+    """
+    try:
+        own = os.dup(fd)  # whoever waits may leave, and close the other
+    except OSError:
+        return
+    work = asyncio.get_running_loop().run_in_executor(_READERS, _read, own, start, stop)
+    try:
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.shield(work)
+    except TimeoutError:
+        raise StoreError(f"the disk has not answered for {DEADLINE:.0f} seconds") from None
+
+
+def _read(fd: int, start: int, stop: int) -> None:
+    try:
+        os.posix_fadvise(fd, start, AHEAD, os.POSIX_FADV_WILLNEED)
+        while start < stop:
+            count = len(os.pread(fd, min(_PIECE, stop - start), start))
+            if not count:
+                return
+            start += count
+    except OSError:
+        return
+    finally:
+        os.close(fd)

@@ -1,0 +1,158 @@
+"""Files that are not in memory: whoever wants them waits for the disk, and nobody else does."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from proxy.events import Fault
+from proxy.store import pages
+from tests.inside import InsideProxy
+from tests.server.hot import LARGE, LARGE_NAR, NARINFO
+from tests.wire import Wire
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def drop_pages(path: Path) -> None:
+    """Have the kernel forget the pages of a file, so that reading it means reading the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            pytest.skip(f"the file system does not tell what is in memory: {error}")
+        pytest.skip("the file system keeps all pages in memory")
+    finally:
+        os.close(fd)
+
+
+class SlowDisk:
+    """A disk on which reads of cold pages by threads wait until a test lets them go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.threads: list[str] = []
+        self.asked = asyncio.Event()
+        self._go_on = threading.Event()
+        self._real: Callable[[int, int, int], bytes] = os.pread
+        self._loop = asyncio.get_running_loop()
+        monkeypatch.setattr(os, "pread", self._pread)
+
+    def answer(self) -> None:
+        """Let all reads go on."""
+        self._go_on.set()
+
+    def _pread(self, fd: int, count: int, offset: int) -> bytes:
+        thread = threading.current_thread()
+        if thread.name.startswith("read-ahead"):
+            self.threads.append(thread.name)
+            self._loop.call_soon_threadsafe(self.asked.set)
+            self._go_on.wait(20)
+        return self._real(fd, count, offset)
+
+
+@pytest.fixture
+async def slow_disk(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SlowDisk]:
+    """Return a disk that answers when it is told to, and at the end of the test."""
+    disk = SlowDisk(monkeypatch)
+    yield disk
+    disk.answer()
+
+
+async def test_others_do_not_wait(proxy: InsideProxy, slow_disk: SlowDisk) -> None:
+    """While one client waits for pages of a NAR, others are answered; then it gets every byte."""
+    drop_pages(proxy.folder / LARGE_NAR[1:])
+    async with Wire(proxy.url) as reader, Wire(proxy.url) as other:
+        waiting = asyncio.create_task(reader.ask(LARGE_NAR))
+        await slow_disk.asked.wait()
+        assert (await other.ask(NARINFO)).status == 200
+        assert (await other.ask("/healthz")).status == 200
+        assert not waiting.done()
+        slow_disk.answer()
+        assert (await waiting).body == bytes(LARGE.file)
+    assert slow_disk.threads
+    assert not proxy.observed(Fault)
+
+
+async def test_in_memory_nothing_is_read_ahead(proxy: InsideProxy, slow_disk: SlowDisk) -> None:
+    """What is in memory is sent at once, by the loop itself."""
+    assert (await proxy.pull(LARGE_NAR)).body == bytes(LARGE.file)
+    assert slow_disk.threads == []
+
+
+async def test_a_client_that_leaves_while_the_disk_is_asked(
+    proxy: InsideProxy, slow_disk: SlowDisk
+) -> None:
+    """A client that leaves is forgotten, the read ends on a descriptor of its own, and none is left."""
+    path = proxy.folder / LARGE_NAR[1:]
+    drop_pages(path)
+    async with Wire(proxy.url) as reader:
+        asking = asyncio.create_task(reader.ask(LARGE_NAR))
+        await slow_disk.asked.wait()
+        asking.cancel()
+    slow_disk.answer()
+
+    def open_files() -> list[str]:
+        links = Path("/proc/self/fd").iterdir()
+        return [link for link in map(_target, links) if link == str(path)]
+
+    await proxy.until(lambda: not open_files())
+    assert (await proxy.pull(LARGE_NAR)).body == bytes(LARGE.file)
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:
+        return ""
+
+
+async def test_a_disk_that_never_answers(
+    proxy: InsideProxy, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that does not answer in time ends the answer, which nobody takes for the whole."""
+    monkeypatch.setattr(pages, "DEADLINE", 0.05)
+    drop_pages(proxy.folder / LARGE_NAR[1:])
+    assert not (await proxy.pull(LARGE_NAR)).complete
+    assert slow_disk.threads
+    assert not proxy.observed(Fault)
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EAGAIN, errno.EIO])
+async def test_a_file_system_that_cannot_tell(
+    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """Whatever the kernel says of what is in memory, the bytes are right."""
+
+    def preadv(*_: object) -> int:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    for _ in range(2):
+        assert (await proxy.pull(LARGE_NAR)).body == bytes(LARGE.file)
+    assert not proxy.observed(Fault)
+
+
+def test_missing_pages_are_seen(tmp_path: Path) -> None:
+    """A part of a file is in memory when it was read, and not when its pages were dropped."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3 * pages.STRIDE))
+    drop_pages(path)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = 3 * pages.STRIDE
+        assert not pages.are_in_memory(fd, 0, size)
+        asyncio.run(pages.bring_in(fd, 0, size))
+        assert pages.are_in_memory(fd, 0, size)
+    finally:
+        os.close(fd)
