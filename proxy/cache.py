@@ -21,17 +21,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from proxy.answers import Content, Text
-from proxy.errors import NotFoundError, StoreError
-from proxy.events import (
-    COALESCED,
-    HIT,
-    MISS,
-    PREFETCHED,
-    FetchingAhead,
-    Observer,
-    Result,
-    StoreFailed,
-)
+from proxy.errors import NotFoundError
+from proxy.events import COALESCED, HIT, MISS, PREFETCHED, FetchingAhead, Observer, Result
 from proxy.failover import Failover
 from proxy.fetch import Fetch, Reader, Supply
 from proxy.known import KnownPath, KnownPaths
@@ -221,7 +212,7 @@ class Cache:
             StoreError: The disk failed.
         """
         key = str(name)
-        file = self._if_readable(key, lambda: self._store.open_nar(name))
+        file = await self._supplier.kept_nar(name)
         if file is not None:
             result = PREFETCHED if self._was_ahead(key) else HIT
             return Content(file, None, self._known.etag(name), result, self._published_by(name))
@@ -284,7 +275,7 @@ class Cache:
             StoreError: The disk failed.
         """
         result: Result = HIT
-        file = self._if_readable(path, lambda: self._store.open_file(path))
+        file = self._supplier.kept_file(path)
         if file is None:
             result = COALESCED if path in self._tasks else MISS
             with self._absence(path):
@@ -294,20 +285,29 @@ class Cache:
             raise NotFoundError(f"{path} is gone again")
         return Content(file, None, None, result, "")
 
-    def _if_readable(self, what: str, open_it: Callable[[], OpenFile | None]) -> OpenFile | None:
-        """Open what is in the store; what the disk cannot read is reported, and asked for upstream."""
-        try:
-            return open_it()
-        except StoreError as error:
-            self._observer(StoreFailed(what, str(error)))
-            return None
+    @property
+    def damages(self) -> int:
+        """How often something damaged was taken out of the store."""
+        return self._known.damages
+
+    def taken_out(self, hash_part: HashPart) -> None:
+        """Something damaged has been taken out of the store: believe nothing that was said of it."""
+        self._known.taken_out(hash_part)
+
+    def damaged(self, name: NarName, reason: str) -> None:
+        """A NAR of the store turned out to be damaged: see that it is taken out."""
+        self._tasks.ensure(f"take out {name}", lambda: self._supplier.take_out(name, reason))
+
+    async def take_out(self, name: NarName, reason: str) -> None:
+        """A NAR of the store is damaged: have it no longer, and fetch it afresh for whoever asks next."""
+        await self._supplier.take_out(name, reason)
 
     def _published_by(self, name: NarName) -> str:
-        """Return the upstream of a NAR in the store, and make good a narinfo that a crash withheld."""
+        """Return the upstream of a NAR in the store, and make good a narinfo that is not there, or wrong."""
         known = self._known.get(name.hash_part)
         if known is None:
             return ""
-        withheld = known.upstream is not None and not self._store.has_narinfo(name.hash_part)
+        withheld = known.upstream is not None and not known.kept
         if withheld and known.info.nar_name == name:
             self._tasks.ensure(
                 f"publish {name}", lambda: self._supplier.publish_narinfo(name, known)

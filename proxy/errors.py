@@ -30,6 +30,7 @@ Rules:
     │  ├─ UpstreamProtocolError      an answer that no binary cache gives
     │  └─ UpstreamLiedError          it answered, and a `TrustError` says what is wrong with it
     ├─ StoreError              the local disk failed
+    │  ├─ DamagedError         it does not hold what was put there
     │  └─ StoreLockedError     another daemon has the store
     ├─ ListenError             an address cannot be listened on
     └─ ConfigError             the configuration is wrong
@@ -182,6 +183,10 @@ class UpstreamLiedError(UpstreamError):
 
 class StoreError(ProxyError):
     """The local disk refused: full, read-only, vanished, damaged."""
+
+
+class DamagedError(StoreError):
+    """A file of the store is not what was put there, or cannot be read any more."""
 
 
 class StoreLockedError(StoreError):

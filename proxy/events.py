@@ -100,6 +100,14 @@ class StoreChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Quarantined:
+    """Something in the store was not what had been put there, and was taken out of it."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
     """A verified NAR and its narinfo, or another file, are in the store for good."""
 
@@ -195,6 +203,7 @@ Event = (
     | FetchEnded
     | StoreFailed
     | StoreChanged
+    | Quarantined
     | Published
     | Evicted
     | RequestServed

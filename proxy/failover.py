@@ -28,9 +28,10 @@ from proxy.errors import (
 from proxy.events import Asked, Observer, Rejected, UpstreamAnswered
 from proxy.nix import narinfo
 from proxy.nix.decoders import READABLE
-from proxy.nix.narinfo import NarInfo, VerifiedNarInfo
+from proxy.nix.narinfo import VerifiedNarInfo
 from proxy.nix.signature import Keyring
 from proxy.nix.store_path import HashPart
+from proxy.nix.trust import Trust
 from proxy.upstream.remote import Upstream
 
 T = TypeVar("T")
@@ -125,18 +126,10 @@ class Failover:
         keyring: Keyring = NOBODY,
     ) -> None:
         self.sources = tuple(sources)
-        self._keyring = keyring
+        self.trust = Trust((keyring, *(source.keyring for source in self.sources)))
+        """Whose signatures count where nobody remembers the upstream."""
         self._budget = budget
         self._observer = observer
-
-    def verify(self, info: NarInfo, hash_part: HashPart) -> VerifiedNarInfo:
-        """Verify a narinfo whose upstream nobody remembers: any keys that are trusted will do.
-
-        Raises:
-            TrustError: None of them do.
-        """
-        keyrings = (self._keyring, *(source.keyring for source in self.sources))
-        return narinfo.verify_by_any(info, hash_part=hash_part, keyrings=keyrings)
 
     async def narinfo(
         self,

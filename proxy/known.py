@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from proxy.errors import NotFoundError, ParseError, StoreError, TrustError
+from proxy.errors import DamagedError, NotFoundError, ParseError, StoreError, TrustError
 from proxy.events import Forgotten, Observer, Rejected, StoreFailed
 from proxy.failover import Failover, Narinfo, Offer, Source
 from proxy.nix import narinfo
@@ -86,6 +86,8 @@ class KnownPaths:
         self._failover = failover
         self._observer = observer
         self._on_learnt = on_learnt
+        self.damages = 0
+        """How often something damaged was taken out of the store."""
         self._hot: Recent[HashPart, KnownPath] = Recent(
             HOT_BYTES, weigh=lambda known: PARSED * len(known.body)
         )
@@ -117,6 +119,13 @@ class KnownPaths:
         known = self.get(name.hash_part)
         return known.etag if known is not None and known.info.nar_name == name else f'"{name}"'
 
+    def kept_size(self, name: NarName) -> int | None:
+        """Return how long the file of a NAR in the store should be; None when that is not known."""
+        known = self.get(name.hash_part)
+        if known is None or not known.kept or known.info.nar_name != name:
+            return None
+        return known.info.size_on_disk
+
     def learn(self, offer: Offer[Narinfo]) -> KnownPath:
         """Take in, and remember, what an upstream said."""
         known = _from_upstream(offer.value.info, offer.upstream)
@@ -139,7 +148,13 @@ class KnownPaths:
             text = self._store.narinfo(hash_part)
             if text is None:
                 return None
-            info = self._failover.verify(narinfo.parse(text), hash_part)
+            written = narinfo.parse(text)
+            try:
+                info = self._failover.trust.verify(written, hash_part)
+            except TrustError as error:
+                if self._failover.trust.is_changed(written, error):
+                    self._store.take_out(hash_part, None, str(error))
+                raise
             return KnownPath(info, narinfo.format(info, _url(info)), None, kept=True)
 
         return self._if_sound(recall, "", hash_part)
@@ -174,10 +189,19 @@ class KnownPaths:
         except TrustError as error:
             self._observer(Rejected(upstream, what, error.kind, str(error)))
         except (ParseError, StoreError) as error:
-            self._observer(StoreFailed(what, str(error)))
+            if upstream or not isinstance(error, ParseError | DamagedError):
+                self._observer(StoreFailed(what, str(error)))
+            else:
+                self._store.take_out(hash_part, None, str(error))
         if upstream:
             self._store.forget_narinfo(upstream, hash_part)
         return None
+
+    def taken_out(self, hash_part: HashPart) -> None:
+        """Something damaged has been taken out of the store: believe nothing that was said of it."""
+        self._hot.drop(hash_part)
+        self.damages += 1
+        self._observer(Forgotten(hash_part))
 
 
 def _from_upstream(info: VerifiedNarInfo, upstream: Upstream) -> KnownPath:

@@ -31,6 +31,7 @@ from proxy.events import (
     FastlaneServed,
     Fault,
     FetchEnded,
+    Quarantined,
     Rejected,
     RequestServed,
     Result,
@@ -81,6 +82,9 @@ class Metrics:
             registry=self._registry,
         )
         self._store_writable.set(1)
+        self._quarantined = self._counter(
+            "quarantined", "Things in the store that were not what had been put there."
+        )
         self._faults = self._counter("faults", "Faults of the proxy itself.")
         self._restarts = self._counter(
             "worker_restarts", "Workers that ended by themselves, and were started again."
@@ -148,6 +152,8 @@ class Metrics:
         match event:
             case StoreFailed():
                 self._store_failures.inc()
+            case Quarantined():
+                self._quarantined.inc()
             case StoreChanged(reason):
                 self._store_writable.set(not reason)
             case Evicted(_, size):

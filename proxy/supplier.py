@@ -6,12 +6,14 @@ leads to wherever an upstream keeps the file today.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TypeVar
 
 from proxy.errors import (
+    DamagedError,
     NotFoundError,
     StoreError,
     TrustError,
@@ -25,7 +27,7 @@ from proxy.known import KnownPath, KnownPaths
 from proxy.nix.nar import NarVerifier
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
-from proxy.store.files import Partial
+from proxy.store.files import OpenFile, Partial, closed_on_failure
 from proxy.store.folder import Store
 from proxy.upstream.answer import Body as UpstreamBody
 
@@ -150,6 +152,46 @@ class Supplier:
         """Publish the narinfo of a NAR that is in the store; a failure is reported, not raised."""
         with self._reported(str(name)):
             await self._store.publish_narinfo(name, known.body, origin=known.origin)
+            known.kept = True
+
+    async def kept_nar(self, name: NarName) -> OpenFile | None:
+        """Open a NAR of the store, if it looks sound: hashing it for every reader would take too long."""
+        try:
+            file = self._if_readable(name, self._store.open_nar)
+            if file is not None:
+                with closed_on_failure(file):
+                    file.check(self._known.kept_size(name))
+        except DamagedError as error:
+            await self.take_out(name, str(error))
+            return None
+        return file
+
+    def kept_file(self, path: str) -> OpenFile | None:
+        """Open another file of the store."""
+        try:
+            return self._if_readable(path, self._store.open_file)
+        except DamagedError as error:
+            self._observer(StoreFailed(path, str(error)))
+            return None
+
+    async def take_out(self, name: NarName, reason: str) -> None:
+        """A NAR of the store is damaged: have it no longer."""
+        await asyncio.to_thread(self._store.take_out, name.hash_part, name, reason)
+        self._known.taken_out(name.hash_part)
+
+    def _if_readable(self, what: T, open_it: Callable[[T], OpenFile | None]) -> OpenFile | None:
+        """Open what is in the store; what the disk cannot read is reported, and asked for upstream.
+
+        Raises:
+            DamagedError: It is not what was put there.
+        """
+        try:
+            return open_it(what)
+        except DamagedError:
+            raise
+        except StoreError as error:
+            self._observer(StoreFailed(str(what), str(error)))
+            return None
 
     async def keep_file(self, path: str) -> bytes | None:
         """Download a file that is neither narinfo nor NAR, and publish it.

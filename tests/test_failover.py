@@ -307,14 +307,14 @@ async def test_keys_of_any_upstream(key: SigningKey) -> None:
             [Source(upstream, ring) for ring in rings], budget=1, observer=lambda _: None
         )
         for signer in (key, other):
-            verified = failover.verify(narinfo.parse(ENTRY.narinfo(signer)), HASH_PART)
+            verified = failover.trust.verify(narinfo.parse(ENTRY.narinfo(signer)), HASH_PART)
             assert str(verified.store_path) == ENTRY.store_path
         with pytest.raises(SignatureError):
-            failover.verify(narinfo.parse(ENTRY.narinfo(SigningKey("third-1"))), HASH_PART)
+            failover.trust.verify(narinfo.parse(ENTRY.narinfo(SigningKey("third-1"))), HASH_PART)
         with pytest.raises(WrongPathError):
-            failover.verify(narinfo.parse(ENTRY.narinfo(key)), parse_hash_part("0" * 32))
+            failover.trust.verify(narinfo.parse(ENTRY.narinfo(key)), parse_hash_part("0" * 32))
         with pytest.raises(SignatureError):
-            Failover([], budget=1, observer=lambda _: None).verify(
+            Failover([], budget=1, observer=lambda _: None).trust.verify(
                 narinfo.parse(ENTRY.narinfo(key)), HASH_PART
             )
     finally:

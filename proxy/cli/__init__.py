@@ -10,6 +10,7 @@ import typer
 from proxy import __version__
 from proxy.cli.check_config import check_config
 from proxy.cli.serve import serve
+from proxy.cli.verify import verify
 from proxy.errors import ConfigError, ProxyError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command(short_help="Run the daemon in the foreground.")(serve)
 app.command()(check_config)
+app.command()(verify)
 
 
 @app.callback()

@@ -22,6 +22,7 @@ from proxy.events import Observer
 from proxy.failover import Failover, Source
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.signature import Keyring, PublicKey
+from proxy.nix.trust import Trust
 from proxy.prefetch import LookAhead
 from proxy.upstream.credentials import Credentials, anonymous, basic, bearer, from_netrc
 from proxy.upstream.remote import Upstream
@@ -58,6 +59,11 @@ def trusted_keys(config: Config) -> list[tuple[PublicKey, ...] | None]:
     """Return whose signatures count for what is kept: any keys will do, and None needs no signature."""
     upstreams = (upstream.trusted_keys(config.trust) for upstream in config.upstreams)
     return [config.trust.keys, *(None if keys is None else tuple(keys) for keys in upstreams)]
+
+
+def trust(config: Config) -> Trust:
+    """Whose signatures count for what is kept already."""
+    return Trust(None if keys is None else Keyring(keys) for keys in trusted_keys(config))
 
 
 def look_ahead(config: Config) -> LookAhead:

@@ -22,7 +22,7 @@ class NarVerifier:
     Args:
         compression: As the narinfo names it.
         nar_hash: Of the NAR before compression.
-        nar_size: Bytes of the NAR before compression.
+        nar_size: Bytes of the NAR before compression; None if only its hash is known.
         file_hash: Of the file as served; None if the narinfo does not tell.
         file_size: Bytes of the file as served; None if the narinfo does not tell.
 
@@ -39,7 +39,7 @@ class NarVerifier:
         *,
         compression: str,
         nar_hash: Hash,
-        nar_size: int,
+        nar_size: int | None,
         file_hash: Hash | None = None,
         file_size: int | None = None,
     ) -> None:

@@ -97,6 +97,11 @@ class NarInfo:
         """The name under which this proxy issues the NAR."""
         return NarName(self.store_path.hash_part, self.nar_hash, self.compression)
 
+    @property
+    def size_on_disk(self) -> int | None:
+        """Bytes of the NAR as it is served; None where nobody says."""
+        return self.nar_size if self.compression == "none" else self.file_size
+
 
 VerifiedNarInfo = NewType("VerifiedNarInfo", NarInfo)
 """A narinfo that `verify` let through. Only that can be stored or served."""

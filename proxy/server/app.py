@@ -18,7 +18,7 @@ from aiohttp import HttpVersion11, web
 
 from proxy import errors
 from proxy.answers import Content
-from proxy.errors import ProxyError, RangeError
+from proxy.errors import DamagedError, ProxyError, RangeError
 from proxy.events import Fault, Observer, RequestServed, Result
 from proxy.nix import resource
 from proxy.nix.cache_info import CacheInfo
@@ -30,6 +30,7 @@ from proxy.server.fastlane import FastLane
 from proxy.server.headers import NAR_TYPE, SOFTWARE, file_headers, narinfo_headers
 from proxy.server.page import render
 from proxy.server.ranges import ByteRange, Span
+from proxy.store.files import OpenFile
 
 NOT_HERE = 404
 NEVER = 500
@@ -57,6 +58,7 @@ STATUSES: Mapping[type[ProxyError], int] = {
     errors.UpstreamProtocolError: NOT_HERE,
     errors.UpstreamLiedError: NOT_HERE,
     errors.StoreError: NOT_HERE,
+    errors.DamagedError: NOT_HERE,
 }
 """Every error, and what a client gets; `NEVER` marks those that are raised only where no client is."""
 
@@ -190,7 +192,9 @@ class Server:
                 nar = await (self._cache.nar_head(name) if is_head else self._cache.nar(name))
                 with nar:
                     response = await self._deliver(request, outcome, nar, NAR_TYPE, wanted)
-                    if outcome.complete and outcome.body_bytes == nar.size:
+                    if outcome.damage and isinstance(nar.file, OpenFile):
+                        self._cache.damaged(name, outcome.damage)
+                    elif outcome.complete and outcome.body_bytes == nar.size:
                         self.lane.keep(request.raw_path, name, nar)
                     return response
             case ForeignNar(reference):
@@ -232,8 +236,9 @@ class Server:
         """Send a body, and cut the connection when it cannot be completed."""
         try:
             await delivery.run(span)
-        except (ClientGoneError, ProxyError):
+        except (ClientGoneError, ProxyError) as error:
             outcome.complete = False
+            outcome.damage = str(error) if isinstance(error, DamagedError) else ""
             delivery.cut()
         except BaseException:
             outcome.complete = False
@@ -273,6 +278,7 @@ class _Outcome:
     result: Result | Literal[""] = ""
     body_bytes: int = 0
     complete: bool = True
+    damage: str = ""
 
 
 def _span(response: web.StreamResponse, wanted: ByteRange | None, size: int | None) -> Span | None:

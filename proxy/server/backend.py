@@ -59,6 +59,13 @@ class Cache(Protocol):
     def is_absent(self, key: str) -> bool:
         """Tell whether a narinfo (``{hash part}.narinfo``) is known to be absent, and not here since."""
 
+    @property
+    def damages(self) -> int:
+        """How often files were taken from the store that somebody may have open."""
+
+    def damaged(self, name: NarName, reason: str) -> None:
+        """A NAR of the store turned out to be damaged: see that it is taken out."""
+
     def used(self, name: NarName) -> None:
         """Note that a NAR of the store was given to somebody past this cache."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import sys
@@ -20,10 +21,10 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from proxy.answers import File
-from proxy.errors import StoreError
+from proxy.errors import DamagedError
 from proxy.server.ranges import Span
 from proxy.store import pages
-from proxy.store.files import OpenFile, disk
+from proxy.store.files import OpenFile, reading
 
 WINDOW = 2**20
 """Bytes for one client in one turn of the event loop."""
@@ -84,7 +85,7 @@ class Delivery:
     async def _copy_all(self) -> None:
         """Send a file whose size nobody knows, in chunks of HTTP."""
         while (end := await self._file.wait_beyond(self.sent)) > self.sent:
-            with disk("cannot read"):
+            with reading("cannot read"):
                 piece = os.pread(self._file.fd, min(PIECE, end - self.sent), self.sent)
             if not piece:
                 raise _too_short(self.sent, end)
@@ -125,13 +126,17 @@ async def _send_some(socket: int, fd: int, position: int, count: int) -> int:
         except BlockingIOError:
             await _writable(socket)
             continue
+        except OSError as error:
+            if error.errno == errno.EIO:  # of the file: no socket says so
+                raise DamagedError(f"cannot read: {error.strerror}") from error
+            raise
         if sent == 0:
             raise _too_short(position, position + count)
         return sent
 
 
-def _too_short(position: int, end: int) -> StoreError:
-    return StoreError(f"a file ends at {position}, and should go on to {end}")
+def _too_short(position: int, end: int) -> DamagedError:
+    return DamagedError(f"a file ends at {position}, and should go on to {end}")
 
 
 async def _writable(socket: int) -> None:

@@ -107,6 +107,7 @@ class FastLane:
         self._narinfos = _Count("narinfo", HTTPStatus.OK, HIT)
         self._absences = _Count("narinfo", HTTPStatus.NOT_FOUND, "")
         self._nars_sent = _Count("nar", HTTPStatus.OK, HIT)
+        self._damages = cache.damages
 
     def lookup(self, target: bytes) -> Lookup | None:
         """Return what looks up a target, now and whenever it is asked for, or None if this lane cannot.
@@ -180,6 +181,9 @@ class FastLane:
         return self._found, rest
 
     def _nar(self, target: bytes, client: str) -> Answer | None:
+        if self._damages != self._cache.damages:  # and one of those that are kept may be it
+            self._damages = self._cache.damages
+            self.forget_nars()
         nar = self._nars.get(target)
         if nar is None or not self.open:
             return None

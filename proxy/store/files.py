@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from proxy.errors import StoreError
+from proxy.errors import DamagedError, StoreError
+
+_DAMAGE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
+"""What the kernel says of what cannot be read any more: bad blocks, inconsistency, a wrong checksum."""
 
 
 @contextlib.contextmanager
@@ -19,6 +22,18 @@ def disk(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"{what}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """As `disk`, of a complete file: what cannot be read any more is damaged."""
+    try:
+        with disk(what):
+            yield
+    except StoreError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _DAMAGE:
+            raise DamagedError(str(error)) from error.__cause__
+        raise
 
 
 class OpenFile:
@@ -42,12 +57,27 @@ class OpenFile:
         Raises:
             StoreError: Something other than absence.
         """
-        with disk(f"cannot read {path.name}"):
+        with reading(f"cannot read {path.name}"):
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 return None
             return cls(fd, os.fstat(fd).st_size)
+
+    def check(self, size: int | None) -> None:
+        """See that the file is as long as it should be, and that its beginning can be read.
+
+        Args:
+            size: How long it should be; None where that is not known, though never empty.
+
+        Raises:
+            DamagedError: It is not, or cannot.
+        """
+        if self.size != size and (size is not None or self.size == 0):
+            wanted = "some" if size is None else size
+            raise DamagedError(f"the file has {self.size} bytes instead of {wanted}")
+        with reading("cannot read the file"):
+            os.pread(self.fd, 1, 0)
 
     @classmethod
     def holding(cls, content: bytes) -> Self:
@@ -101,6 +131,16 @@ class OpenFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def closed_on_failure(file: OpenFile) -> Iterator[None]:
+    """Close a file unless what is done with it succeeds."""
+    try:
+        yield
+    except BaseException:
+        file.close()
+        raise
 
 
 class Partial:

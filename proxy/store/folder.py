@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import itertools
-import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from proxy.errors import StoreError, StoreLockedError
-from proxy.events import Evicted, Observer, Published, StoreFailed
+from proxy.errors import StoreError
+from proxy.events import Evicted, Observer, Published, Quarantined, StoreFailed
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
+from proxy.nix.trust import Trust
 from proxy.store.database import Totals
 from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.files import OpenFile, Partial, disk
 from proxy.store.incoming import Incoming
 from proxy.store.index import Index
 from proxy.store.layout import SIDE_FOLDERS
+from proxy.store.lock import FolderLock
 from proxy.store.publisher import Publication, Publisher, Rename
+from proxy.store.quarantine import Quarantine
 from proxy.store.reader import StoreReader, read
 from proxy.store.scan import remove_leftovers
+from proxy.store.verification import Verification
 from proxy.store.watch import Watch
 
 PROBE = 64 * 2**10
@@ -60,14 +63,15 @@ class Store(StoreReader):
         self._observer = observer
         self._loop = asyncio.get_running_loop()
         self._serial = itertools.count()
+        self._quarantine = Quarantine(self.layout)
         with disk(f"cannot use {root} as the store"):
             self._make_folders()
-            self._lock = _take_lock(self.layout.lock)
+            self._lock = FolderLock(self.layout)
             try:
                 remove_leftovers(self.layout)
                 self._write(self.layout.cache_info, cache_info.format(), durable=True)
             except BaseException:
-                os.close(self._lock)
+                self._lock.release()
                 raise
         self._index = Index(
             self.layout, self._on_index_failure, limits=limits, on_evicted=self._on_evicted
@@ -99,7 +103,16 @@ class Store(StoreReader):
         await self._watch.close()
         await asyncio.to_thread(self._publisher.close)
         await asyncio.to_thread(self._index.close)
-        os.close(self._lock)
+        self._lock.release()
+
+    def narinfo(self, hash_part: HashPart) -> bytes | None:
+        """Return the narinfo of a path whose NAR is here too: `StoreReader.narinfo`.
+
+        Raises:
+            StoreError: The disk failed.
+        """
+        path = self.layout.narinfo(hash_part)
+        return None if path in self._quarantine else read(path)
 
     def remembered_narinfo(self, upstream: str, hash_part: HashPart) -> bytes | None:
         """Return what an upstream said of a path whose NAR is not here.
@@ -129,9 +142,58 @@ class Store(StoreReader):
         with contextlib.suppress(OSError):
             self.layout.remembered_narinfo(upstream, hash_part).unlink(missing_ok=True)
 
+    def open_nar(self, name: NarName) -> OpenFile | None:
+        """Open a NAR that is here: `StoreReader.open_nar`.
+
+        Raises:
+            StoreError: The disk failed.
+        """
+        path = self.layout.nar(name)
+        return None if path in self._quarantine else self._open(path)
+
+    def has_narinfo(self, hash_part: HashPart) -> bool:
+        """Tell whether a path is here whole: its NAR, and the narinfo that is published after it."""
+        return self._has(self.layout.narinfo(hash_part))
+
+    def has_nar(self, name: NarName) -> bool:
+        """Tell whether a NAR is here."""
+        return self._has(self.layout.nar(name))
+
     def used(self, name: NarName) -> None:
         """Note that a NAR was used by somebody who had it open already."""
         self._index.used(self.layout.nar(name))
+
+    def take_out(self, hash_part: HashPart, name: NarName | None, reason: str) -> None:
+        """Take what is damaged out of the binary cache: it is here no more, and is fetched afresh.
+
+        Called on any thread; with a NAR it waits for the disk.
+
+        Args:
+            hash_part: The path whose narinfo is damaged, if there is no ``name``.
+            name: The NAR that is damaged; the narinfo that leads to it goes, too.
+            reason: What is wrong.
+        """
+        narinfo = self.layout.narinfo(hash_part)
+        nar = None if name is None else self.layout.nar(name)
+        what = f"{hash_part}.narinfo" if name is None else str(name)
+        try:
+            with disk("cannot move it into quarantine"):
+                self._quarantine.take(narinfo, nar)
+        except StoreError as error:
+            self._loop.call_soon_threadsafe(self._observer, StoreFailed(what, str(error)))
+        for path in (narinfo, nar):
+            if path is not None and not path.exists():
+                self._index.removed(path)
+        self._loop.call_soon_threadsafe(self._observer, Quarantined(what, reason))
+
+    def verification(
+        self,
+        trust: Trust,
+        stop: threading.Event,
+        set_aside: Callable[[HashPart, NarName | None, str], object] | None = None,
+    ) -> Verification:
+        """Check everything again; ``set_aside`` replaces `take_out`."""
+        return Verification(self.layout, trust, set_aside or self.take_out, stop)
 
     def incoming(self) -> Incoming:
         """Start a file that can be published later if the disk takes it, and passed on if it does not."""
@@ -230,7 +292,9 @@ class Store(StoreReader):
             StoreError: The disk keeps nothing.
         """
         with disk(f"cannot use {self.layout.root} as the store"):
-            self._recover_folder()
+            self._lock.check_folder()
+            self._make_folders()
+            self._lock.keep()
         partial = self.partial()
         try:
             partial.append(bytes(PROBE))
@@ -238,24 +302,10 @@ class Store(StoreReader):
         finally:
             partial.discard()
 
-    def _recover_folder(self) -> None:
-        """Make what somebody removed, or see that a file system that was gone is there again.
-
-        What is below a mount point while nothing is mounted there is not the store's to fill.
-        """
-        lock = self.layout.lock
-        if lock.exists() and os.path.samestat(lock.stat(), os.fstat(self._lock)):
-            self._make_folders()
-            return
-        if not lock.exists() and _device_of(self.layout.root) != os.fstat(self._lock).st_dev:
-            raise StoreError(f"the file system of {self.layout.root} is not there")
-        self._make_folders()
-        gone, self._lock = self._lock, _take_lock(lock)
-        os.close(gone)
-
     def _on_published(self, publication: Publication) -> None:
         """Called on the publisher's thread."""
         for rename in publication.renames:
+            self._quarantine.replaced(rename.target)
             self._index.added(rename.target, publication.origin)
         self._loop.call_soon_threadsafe(
             self._observer, Published(publication.renames[0].target.name, publication.origin)
@@ -268,6 +318,9 @@ class Store(StoreReader):
     def _on_index_failure(self, reason: str) -> None:
         """Called on the index's thread."""
         self._loop.call_soon_threadsafe(self._observer, StoreFailed("index", reason))
+
+    def _has(self, path: Path) -> bool:
+        return path.exists() and path not in self._quarantine
 
     def _open(self, path: Path) -> OpenFile | None:
         file = super()._open(path)
@@ -305,25 +358,3 @@ class Store(StoreReader):
             self.layout.remembered,
         ):
             folder.mkdir(parents=True, exist_ok=True)
-
-
-def _device_of(path: Path) -> int:
-    """Return the device that a path is on, or would be on."""
-    while not path.exists():
-        path = path.parent
-    return path.stat().st_dev
-
-
-def _take_lock(path: Path) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
-        os.close(fd)
-        raise StoreLockedError(
-            f"the store {path.parent.parent} is in use by another nix-cache-proxy (process {holder})"
-        ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd

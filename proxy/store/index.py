@@ -50,7 +50,12 @@ class _Used:
     at: int
 
 
-_Note = _Added | _Used
+@dataclass(frozen=True, slots=True)
+class _Removed:
+    name: str
+
+
+_Note = _Added | _Used | _Removed
 
 
 class Index:
@@ -105,6 +110,10 @@ class Index:
         """Note that a file has its final name now. Called from any thread."""
         with contextlib.suppress(OSError):
             self._notes.put(_Added(self._name(path), disk_usage(path.stat()), origin))
+
+    def removed(self, path: Path) -> None:
+        """Note that a file has been taken away. Called from any thread."""
+        self._notes.put(_Removed(self._name(path)))
 
     def used(self, path: Path) -> None:
         """Note that a client was given a file. Called from any thread; cheap."""
@@ -185,6 +194,8 @@ class Index:
             for note in notes:
                 if isinstance(note, _Added):
                     database.add(note.name, note.size, note.origin)
+                elif isinstance(note, _Removed):
+                    database.remove(note.name)
             database.use({note.name: note.at for note in notes if isinstance(note, _Used)}.items())
         self._totals = database.totals
 

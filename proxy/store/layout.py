@@ -25,6 +25,8 @@ class Layout:
         self.state = root / ".state"
         self.partials = self.state / "partial"
         self.remembered = self.state / "narinfo"
+        self.quarantine = self.state / "quarantine"
+        self.verified = self.state / "verified"
         self.index = self.state / "index.sqlite"
         self.lock = self.state / "lock"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
-from proxy.store.files import OpenFile, disk
+from proxy.store.files import OpenFile, reading
 from proxy.store.layout import Layout
 
 
@@ -67,7 +67,7 @@ def read(path: Path) -> bytes | None:
     Raises:
         StoreError: The disk failed.
     """
-    with disk(f"cannot read {path.name}"):
+    with reading(f"cannot read {path.name}"):
         try:
             return path.read_bytes()
         except FileNotFoundError:

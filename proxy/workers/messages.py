@@ -68,6 +68,7 @@ class Narinfo(Message, frozen=True):
     etag: str
     origin: str
     kept: bool
+    size: int | None
     result: Result
 
 
@@ -251,6 +252,13 @@ class Used(Message, frozen=True):
     name: str
 
 
+class Damaged(Message, frozen=True):
+    """A NAR of the store turned out to be damaged."""
+
+    name: str
+    reason: str
+
+
 class Connected(Message, frozen=True):
     """A client has opened a connection."""
 
@@ -312,6 +320,7 @@ Note: TypeAlias = (
     | Passed
     | Release
     | Used
+    | Damaged
     | Connected
     | Disconnected
     | AskedPath

@@ -26,7 +26,7 @@ from proxy.nix.nar_name import NarName
 from proxy.nix.signature import Keyring
 from proxy.nix.store_path import HASH_PART_LENGTH, HashPart
 from proxy.recent import Recent
-from proxy.store.files import OpenFile, disk
+from proxy.store.files import OpenFile, closed_on_failure, disk
 from proxy.store.reader import StoreReader
 from proxy.workers.arrival import Arrival
 from proxy.workers.channel import NONE, close
@@ -37,6 +37,7 @@ from proxy.workers.messages import (
     AskFile,
     AskNarinfo,
     Broken,
+    Damaged,
     Given,
     Narinfo,
     Passed,
@@ -70,6 +71,7 @@ class HeldNarinfo:
     etag: str
     origin: str
     kept: bool
+    size: int | None
     answer: bytes | None = None
 
 
@@ -118,6 +120,8 @@ class RemoteCache:
         self._absent: Recent[str, float] = Recent(ABSENT_PATHS)
         self._ahead: Recent[str, bool] = Recent(AHEAD)
         self._changes = 0
+        self.damages = 0
+        """How often files were taken from the store that somebody may have open."""
         self._numbers = itertools.count(1)
         self._arrivals: dict[str, Arrival] = {}
         self._by_number: dict[int, Arrival] = {}
@@ -133,6 +137,7 @@ class RemoteCache:
     def forget(self, hash_part: HashPart) -> None:
         """A narinfo is known no longer."""
         self._changes += 1
+        self.damages += 1
         self._hot.drop(hash_part)
 
     def ahead(self, name: str) -> None:
@@ -160,6 +165,10 @@ class RemoteCache:
             and not self.keeps(HashPart(key[:HASH_PART_LENGTH]))
         )
 
+    def damaged(self, name: NarName, reason: str) -> None:
+        """A NAR of the store turned out to be damaged: have the core see to it."""
+        self._link.tell(Damaged(str(name), reason))
+
     def used(self, name: NarName) -> None:
         """Note that a NAR of the store was given to a client."""
         self._link.tell(Used(str(name)))
@@ -185,7 +194,7 @@ class RemoteCache:
                 self._absent.put(key, self._clock() + answer.seconds)
             raise NotFoundError(answer.reason)
         told = expect(Narinfo, answer)
-        held = HeldNarinfo(told.body, told.nar_name, told.etag, told.origin, told.kept)
+        held = HeldNarinfo(told.body, told.nar_name, told.etag, told.origin, told.kept, told.size)
         if up_to_date:
             self._hot.put(hash_part, held)
         return HeldText(held, told.result)
@@ -264,7 +273,8 @@ class RemoteCache:
             return None
         name = str(info.nar_name)
         etag = name if info.file_hash is None else info.file_hash.nix32
-        held = HeldNarinfo(narinfo.format(info, f"nar/{name}"), name, f'"{etag}"', "", kept=True)
+        text = narinfo.format(info, f"nar/{name}")
+        held = HeldNarinfo(text, name, f'"{etag}"', "", kept=True, size=info.size_on_disk)
         self._hot.put(hash_part, held)
         return held
 
@@ -278,9 +288,11 @@ class RemoteCache:
             return None
         try:
             file = self._store.open_nar(name)
+            if file is None:
+                return None
+            with closed_on_failure(file):
+                file.check(held.size)
         except StoreError:
-            return None
-        if file is None:
             return None
         held.kept = True
         self.used(name)

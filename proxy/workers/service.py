@@ -33,6 +33,7 @@ from proxy.workers.messages import (
     AskNarinfo,
     AskStore,
     Connected,
+    Damaged,
     Disconnected,
     Given,
     Happened,
@@ -117,8 +118,9 @@ class Service:
         except NotFoundError as error:
             return Absent(str(error), self._core.cache.absent_for(f"{hash_part}.narinfo"))
         known = found.known
+        about = (known.origin, known.kept, known.info.size_on_disk)
         name = str(known.info.nar_name)
-        return Narinfo(known.body, name, known.etag, known.origin, known.kept, found.result)
+        return Narinfo(known.body, name, known.etag, *about, found.result)
 
     async def _file(self, question: AskFile) -> tuple[Answer, int]:
         self._wanted.add(question.number)
@@ -168,12 +170,19 @@ class Service:
         self._wanted.discard(number)
         del self._following[number]
 
+    def _hear_of_nar(self, note: Used | Damaged) -> None:
+        name = NarName.parse(note.name)
+        if isinstance(note, Damaged):
+            self._core.cache.damaged(name, note.reason)
+        else:
+            self._core.cache.used(name)
+
     def _hear(self, note: Note, _fd: int) -> None:
         match note:
             case Happened():
                 self._core.observer(note.event())
-            case Used(name):
-                self._core.cache.used(NarName.parse(name))
+            case Used() | Damaged():
+                self._hear_of_nar(note)
             case Connected() | Disconnected() | AskedPath() | AskedNar():
                 self._hear_of_client(note)
             case Passed(number):
