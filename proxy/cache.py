@@ -286,9 +286,9 @@ class Cache:
         return Content(file, None, None, result, "")
 
     @property
-    def damages(self) -> int:
-        """How often something damaged was taken out of the store."""
-        return self._known.damages
+    def removals(self) -> int:
+        """How often files were taken from the store that somebody may have open: whoever has looks again."""
+        return self._known.damages + self._store.renewals
 
     def taken_out(self, hash_part: HashPart) -> None:
         """Something damaged has been taken out of the store: believe nothing that was said of it."""

@@ -17,7 +17,7 @@ def small_disk(folder: Path, *, size: int, inodes: int = 10_000) -> Iterator[Pat
 
     Skips the test where mounting is not permitted.
     """
-    folder.mkdir()
+    folder.mkdir(parents=True)
     options = f"size={size},nr_inodes={inodes}"
     mounted = _mount("-t", "tmpfs", "-o", options, "small-disk", str(folder))
     if mounted.returncode != 0:
@@ -36,6 +36,12 @@ def unmount(folder: Path) -> None:
 def remount(folder: Path, *, size: int) -> None:
     """Mount another, empty file system there."""
     _mount("-t", "tmpfs", "-o", f"size={size}", "small-disk", str(folder)).check_returncode()
+
+
+def mount_over(folder: Path, options: str) -> None:
+    """Mount what is at `folder` there once more, with options; what is open stays as it was."""
+    _mount("--bind", str(folder), str(folder)).check_returncode()
+    _mount("-o", f"remount,bind,{options}", str(folder)).check_returncode()
 
 
 def make_read_only(folder: Path) -> None:

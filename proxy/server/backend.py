@@ -60,7 +60,7 @@ class Cache(Protocol):
         """Tell whether a narinfo (``{hash part}.narinfo``) is known to be absent, and not here since."""
 
     @property
-    def damages(self) -> int:
+    def removals(self) -> int:
         """How often files were taken from the store that somebody may have open."""
 
     def damaged(self, name: NarName, reason: str) -> None:

@@ -107,7 +107,7 @@ class FastLane:
         self._narinfos = _Count("narinfo", HTTPStatus.OK, HIT)
         self._absences = _Count("narinfo", HTTPStatus.NOT_FOUND, "")
         self._nars_sent = _Count("nar", HTTPStatus.OK, HIT)
-        self._damages = cache.damages
+        self._removals = cache.removals
 
     def lookup(self, target: bytes) -> Lookup | None:
         """Return what looks up a target, now and whenever it is asked for, or None if this lane cannot.
@@ -181,8 +181,8 @@ class FastLane:
         return self._found, rest
 
     def _nar(self, target: bytes, client: str) -> Answer | None:
-        if self._damages != self._cache.damages:  # and one of those that are kept may be it
-            self._damages = self._cache.damages
+        if self._removals != self._cache.removals:  # and one of those that are kept may be gone
+            self._removals = self._cache.removals
             self.forget_nars()
         nar = self._nars.get(target)
         if nar is None or not self.open:

@@ -63,13 +63,16 @@ class Store(StoreReader):
         self._observer = observer
         self._loop = asyncio.get_running_loop()
         self._serial = itertools.count()
+        self._cache_info = cache_info.format()
+        self.renewals = 0
+        """How often the folder was made anew, because somebody had removed it."""
         self._quarantine = Quarantine(self.layout)
         with disk(f"cannot use {root} as the store"):
             self._make_folders()
             self._lock = FolderLock(self.layout)
             try:
                 remove_leftovers(self.layout)
-                self._write(self.layout.cache_info, cache_info.format(), durable=True)
+                self._write(self.layout.cache_info, self._cache_info, durable=True)
             except BaseException:
                 self._lock.release()
                 raise
@@ -294,13 +297,16 @@ class Store(StoreReader):
         with disk(f"cannot use {self.layout.root} as the store"):
             self._lock.check_folder()
             self._make_folders()
-            self._lock.keep()
+            self.renewals += self._lock.keep()
         partial = self.partial()
         try:
             partial.append(bytes(PROBE))
             partial.flush()
         finally:
             partial.discard()
+        if not self.layout.cache_info.exists():
+            with disk("cannot write nix-cache-info"):
+                self._write(self.layout.cache_info, self._cache_info, durable=True)
 
     def _on_published(self, publication: Publication) -> None:
         """Called on the publisher's thread."""

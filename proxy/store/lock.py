@@ -42,8 +42,11 @@ class FolderLock:
         if _device_of(self._layout.root) != os.fstat(self._fd).st_dev:
             raise StoreError(f"the file system of {self._layout.root} is not there")
 
-    def keep(self) -> None:
+    def keep(self) -> bool:
         """Take the lock again, if somebody removed its file, or if another file system is there now.
+
+        Returns:
+            Whether that was so.
 
         Raises:
             StoreLockedError: Another daemon has it.
@@ -51,10 +54,11 @@ class FolderLock:
         """
         path = self._layout.lock
         if path.exists() and os.path.samestat(path.stat(), os.fstat(self._fd)):
-            return
+            return False
         taken = _take(path)
         os.close(self._fd)
         self._fd = taken
+        return True
 
 
 def _device_of(path: Path) -> int:

@@ -120,7 +120,7 @@ class RemoteCache:
         self._absent: Recent[str, float] = Recent(ABSENT_PATHS)
         self._ahead: Recent[str, bool] = Recent(AHEAD)
         self._changes = 0
-        self.damages = 0
+        self.removals = 0
         """How often files were taken from the store that somebody may have open."""
         self._numbers = itertools.count(1)
         self._arrivals: dict[str, Arrival] = {}
@@ -137,7 +137,7 @@ class RemoteCache:
     def forget(self, hash_part: HashPart) -> None:
         """A narinfo is known no longer."""
         self._changes += 1
-        self.damages += 1
+        self.removals += 1
         self._hot.drop(hash_part)
 
     def ahead(self, name: str) -> None:
