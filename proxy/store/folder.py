@@ -28,7 +28,7 @@ from proxy.store.lock import FolderLock
 from proxy.store.publisher import Publication, Publisher, Rename
 from proxy.store.quarantine import Quarantine
 from proxy.store.reader import StoreReader, read
-from proxy.store.scan import remove_leftovers
+from proxy.store.scan import has_nar, remove_leftovers
 from proxy.store.verification import Verification
 from proxy.store.watch import Watch
 
@@ -250,9 +250,6 @@ class Store(StoreReader):
         with self._watched():
             renames = (Rename(self._written(narinfo), target),)
         await self._publish(Publication(renames, origin=origin, superseded=superseded))
-        if not self.has_nar(name):  # evicted meanwhile
-            with contextlib.suppress(OSError):
-                target.unlink()
 
     async def publish_file(self, path: str, partial: Partial, *, origin: str) -> None:
         """Give another complete file its final name, durably; takes over ``partial``.
@@ -312,10 +309,17 @@ class Store(StoreReader):
         """Called on the publisher's thread."""
         for rename in publication.renames:
             self._quarantine.replaced(rename.target)
+            self._withdraw_if_useless(rename.target)
             self._index.added(rename.target, publication.origin)
         self._loop.call_soon_threadsafe(
             self._observer, Published(publication.renames[0].target.name, publication.origin)
         )
+
+    def _withdraw_if_useless(self, path: Path) -> None:
+        """Remove a narinfo whose NAR was evicted while it was published; it leads to nothing."""
+        if path.suffix == ".narinfo" and not has_nar(self.layout, path):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def _on_evicted(self, name: str, size: int) -> None:
         """Called on the index's thread."""

@@ -233,13 +233,20 @@ class Index:
         return excess(self._limits, used=used, free=free)
 
     def _remove(self, database: Database, name: str) -> None:
-        """Remove a file, and before a NAR its narinfo: without its NAR it would be a broken promise."""
+        """Remove a file, and before a NAR its narinfo: without its NAR it would be a broken promise.
+
+        A narinfo that is published between the two is removed after it.
+        """
         narinfo = narinfo_of(name)
-        if narinfo is not None and self._leads_to(narinfo, name):
-            (self._layout.root / narinfo).unlink()
-            database.remove(narinfo)
+        self._remove_narinfo(database, narinfo, name)
         (self._layout.root / name).unlink(missing_ok=True)
         database.remove(name)
+        self._remove_narinfo(database, narinfo, name)
+
+    def _remove_narinfo(self, database: Database, narinfo: str | None, nar: str) -> None:
+        if narinfo is not None and self._leads_to(narinfo, nar):
+            (self._layout.root / narinfo).unlink(missing_ok=True)
+            database.remove(narinfo)
 
     def _leads_to(self, narinfo: str, nar: str) -> bool:
         """Tell whether a narinfo is that of a NAR, and not of the same path compressed otherwise."""

@@ -50,7 +50,7 @@ def scan(layout: Layout) -> Iterator[Found]:
         OSError: The folder itself cannot be read.
     """
     for entry in _files(layout.root):
-        if entry.name.endswith(NARINFO_SUFFIX) and not _has_nar(layout, Path(entry.path)):
+        if entry.name.endswith(NARINFO_SUFFIX) and not has_nar(layout, Path(entry.path)):
             with contextlib.suppress(OSError):
                 Path(entry.path).unlink()
         elif entry.name.endswith((NARINFO_SUFFIX, ".ls")):
@@ -114,7 +114,8 @@ def nar_of(narinfo: Path) -> str | None:
     return None if url is None else os.fsdecode(url[1])
 
 
-def _has_nar(layout: Layout, narinfo: Path) -> bool:
+def has_nar(layout: Layout, narinfo: Path) -> bool:
+    """Tell whether what a narinfo of the store leads to is here; True as well when it cannot be read."""
     try:
         nar = nar_of(narinfo)
     except OSError:

@@ -16,7 +16,9 @@ from proxy.errors import StoreError, StoreLockedError
 from proxy.events import Event, Published, StoreChanged, StoreFailed
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.store_path import HashPart
+from proxy.store import publisher
 from proxy.store.folder import Store
+from proxy.store.publisher import Publication
 from tests.closures import StoreEntry, closure
 from tests.daemon import DaemonProcess
 from tests.nix_client import NixClient
@@ -144,6 +146,25 @@ async def test_narinfo_of_a_nar_that_is_there(tmp_path: Path, opened: Opened) ->
 
     assert store.narinfo(hash_part) == narinfo_text(entry)
     assert store.remembered_narinfo("up0", hash_part) is None
+
+
+async def test_nar_that_is_evicted_while_it_is_published(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No narinfo is left that leads to nothing, when the NAR goes before its narinfo has come."""
+    entry = StoreEntry.make("one-1")
+    store = opened(tmp_path)
+    rename = publisher._rename
+
+    def evict_between(item: Publication, stage: int) -> OSError | None:
+        if stage == 1:
+            (store.layout.nars / str(nar_name(entry))).unlink()
+        return rename(item, stage)
+
+    monkeypatch.setattr(publisher, "_rename", evict_between)
+    await publish(store, entry)
+
+    assert not store.has_narinfo(HashPart(entry.hash_part))
 
 
 @pytest.mark.parametrize("path", ["log/a-b.drv", "build-trace-v2/a-b.drv/out.doi", f"{HASH}.ls"])

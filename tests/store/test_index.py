@@ -659,3 +659,21 @@ def test_a_folder_that_vanishes_has_no_room(box: Box) -> None:
     shutil.rmtree(box.layout.root)
     _eventually(lambda: index.room == 0)
     box.close()
+
+
+def test_narinfo_that_comes_while_its_nar_is_evicted(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A narinfo that is published between the removal of narinfo and NAR goes, too."""
+    box.scanned()
+    box.path(1, 200_000)
+    box.close()
+    leads_to = Index._leads_to
+
+    def too_early(index: Index, narinfo: str, nar: str) -> bool:
+        return not (box.layout.root / nar).exists() and leads_to(index, narinfo, nar)
+
+    monkeypatch.setattr(Index, "_leads_to", too_early)
+    box.open(Limits(max_size=100_000))
+
+    assert box.close() == Totals(0, 0) == on_disk(box.layout.root)
