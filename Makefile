@@ -15,7 +15,7 @@ DEVELOPMENT := $(VENV)/.development
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check bench lock clean
+.PHONY: help run test soak check bench lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ run: $(RUNTIME) ## set up what is missing and serve; make run ARGS="--listen 127
 
 test: $(DEVELOPMENT) ## run the tests; make test ARGS="-k narinfo"
 	$(BIN)/pytest -n auto $(ARGS)
+
+soak: $(DEVELOPMENT) ## all faults, and long random histories; make soak ARGS="--minutes 30"
+	SOAK_EXAMPLES=1000 $(BIN)/pytest -n 0 tests/test_whole_cache.py
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 check: $(DEVELOPMENT) ## lint, format, types, layers; changes nothing
 	$(BIN)/ruff check .
