@@ -200,6 +200,19 @@ async def test_lowest_priority(kept: Kept) -> None:
     await kept.store.close()
 
 
+async def test_a_priority_that_may_not_be_changed(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where system calls are filtered everything is checked all the same, with rests in between."""
+
+    def refuse(*_arguments: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    assert [each.outcome for each in _verify_on_a_thread(kept)] == ["sound"] * 7
+    await kept.store.close()
+
+
 async def test_a_disk_that_lets_nothing_be_moved(kept: Kept) -> None:
     """Where the disk takes nothing, what is damaged counts as gone all the same, until it is replaced."""
     victim = kept.entries[0]
