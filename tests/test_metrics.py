@@ -349,6 +349,7 @@ def test_hits_and_misses(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
 def test_store_size(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
     """The store's bytes and paths grow with what is kept, and survive a restart."""
     proxy = daemon(threaded_sim(ENTRY, OTHER).url)
+    eventually(lambda: scrape(proxy)[one("store_scanned")] == 1)
     empty = scrape(proxy)
     pull(proxy, ENTRY)
     eventually(lambda: scrape(proxy)[one("store_paths")] == 1)

@@ -106,6 +106,9 @@ class Daemon:
             "store_bytes", "Bytes on disk, as du counts them.", lambda: store.totals.bytes
         )
         self._metrics.gauge("store_paths", "Store paths kept.", lambda: store.totals.paths)
+        self._metrics.gauge(
+            "store_scanned", "1 when what is kept has been counted.", lambda: store.scanned
+        )
         try:
             yield store
         finally:

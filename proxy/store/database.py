@@ -45,6 +45,14 @@ _START_OVER = """
 BEGIN;
 INSERT OR REPLACE INTO before SELECT name, origin FROM entry;
 DELETE FROM entry;
+DROP INDEX IF EXISTS used_at;  -- its order is not that in which a scan finds files: made again at the end
+COMMIT;
+"""
+
+_SCANNED = """
+BEGIN;
+DELETE FROM before;
+CREATE INDEX IF NOT EXISTS used_at ON used (at);
 COMMIT;
 """
 
@@ -104,8 +112,7 @@ class Database:
 
     def scanned(self) -> None:
         """Take in that the scan has ended."""
-        with self._connection:
-            self._connection.execute("DELETE FROM before")
+        self._connection.executescript(_SCANNED)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:

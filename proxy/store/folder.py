@@ -93,6 +93,11 @@ class Store(StoreReader):
         return self._index.totals
 
     @property
+    def scanned(self) -> bool:
+        """Whether `totals` is all that there is: no scan goes on."""
+        return self._index.scanned
+
+    @property
     def room(self) -> int:
         """Bytes that can be kept before anything has to be evicted."""
         return 0 if self.not_keeping else self._index.room

@@ -102,6 +102,11 @@ class Index:
         """Bytes that can be kept before anything has to be evicted; as of the last transaction."""
         return self._room
 
+    @property
+    def scanned(self) -> bool:
+        """Whether the index is known to agree with the folder."""
+        return self._scanned.is_set()
+
     def wait_scanned(self, timeout: float) -> bool:
         """Block until the index is known to agree with the folder; False when time ran out first."""
         return self._scanned.wait(timeout)
@@ -139,14 +144,14 @@ class Index:
 
     def _keep(self, database: Database, *, agrees: bool) -> None:
         """Take notes until the end, and first scan the folder unless the index agrees with it."""
-        self._totals = database.totals
         found: Iterator[Found] = iter(())
+        if not agrees:
+            database.start_over()
+            found = scan(self._layout)
+        self._totals = database.totals
         if agrees:
             self._measure(database)
             self._scanned.set()
-        else:
-            database.start_over()
-            found = scan(self._layout)
         while not self._closing:
             if not self._scanned.is_set():
                 self._scan_slice(database, found)

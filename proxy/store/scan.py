@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ REMEMBER_FOR = 30 * 24 * 3600
 """Seconds that a narinfo without NAR is kept: as long as Nix keeps its own copy of it."""
 
 NARINFO_SUFFIX = ".narinfo"
+
+NAMES = 20_000
+"""Names read from a folder at once, at least: some megabytes."""
 
 _URL = re.compile(rb"^URL: (nar/[^/\n]+)$", re.MULTILINE)
 
@@ -41,7 +45,7 @@ def disk_usage(status: os.stat_result) -> int:
 
 
 def scan(layout: Layout) -> Iterator[Found]:
-    """Yield every file of the binary cache, one after the other, in no particular order.
+    """Yield every file of the binary cache, one after the other; those of a folder in the order of names.
 
     A narinfo whose NAR is missing (somebody deleted it) would make Nix ask this folder for a NAR that it
     does not have, so such a narinfo is removed instead. Files that vanish meanwhile are passed over.
@@ -49,15 +53,16 @@ def scan(layout: Layout) -> Iterator[Found]:
     Raises:
         OSError: The folder itself cannot be read.
     """
-    for entry in _files(layout.root):
-        if entry.name.endswith(NARINFO_SUFFIX) and not has_nar(layout, Path(entry.path)):
+    for name in _names(layout.root):
+        path = f"{layout.root}/{name}"
+        if name.endswith(NARINFO_SUFFIX) and not has_nar(layout, path):
             with contextlib.suppress(OSError):
-                Path(entry.path).unlink()
-        elif entry.name.endswith((NARINFO_SUFFIX, ".ls")):
-            yield from _found(layout, entry)
-    for folder in ("nar", *SIDE_FOLDERS):
-        for entry in _files_below(layout.root / folder):
-            yield from _found(layout, entry)
+                os.unlink(path)  # noqa: PTH108  # a Path for each of a million files takes longer than this
+        elif name.endswith((NARINFO_SUFFIX, ".ls")):
+            yield from _found(layout, name)
+    yield from _below(layout, "nar")
+    for folder in SIDE_FOLDERS:
+        yield from _below(layout, folder)
 
 
 def remove_leftovers(layout: Layout) -> None:
@@ -95,29 +100,66 @@ def _files_below(folder: Path) -> Iterator[os.DirEntry[str]]:
                 yield entry
 
 
-def _found(layout: Layout, entry: os.DirEntry[str]) -> Iterator[Found]:
+def _below(layout: Layout, folder: str) -> Iterator[Found]:
+    """Find what is in a folder and in those below it."""
+    for name in _names(layout.root / folder):
+        yield from _found(layout, f"{folder}/{name}")
+    for name in _folders(layout.root / folder):
+        yield from _below(layout, f"{folder}/{name}")
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Yield the names of a folder's files in their order.
+
+    A table in that order is written from one end to the other; in the folder's own order every file would
+    touch a page of its own. Of a large folder the names do not have to fit into memory: it is read once
+    for each first character.
+    """
+    firsts = Counter(entry.name[0] for entry in _files(folder))
+    together: list[str] = []
+    for first in sorted(firsts):
+        together.append(first)
+        if sum(firsts[each] for each in together) >= NAMES:
+            yield from _names_with(folder, together)
+            together = []
+    if together:
+        yield from _names_with(folder, together)
+
+
+def _names_with(folder: Path, firsts: list[str]) -> list[str]:
+    wanted = frozenset(firsts)
+    return sorted(entry.name for entry in _files(folder) if entry.name[0] in wanted)
+
+
+def _folders(folder: Path) -> list[str]:
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+    return []
+
+
+def _found(layout: Layout, name: str) -> Iterator[Found]:
     # A name that is not UTF-8 is not one of ours, and no database holds it.
     with contextlib.suppress(FileNotFoundError, UnicodeEncodeError):
-        name = Path(entry.path).relative_to(layout.root).as_posix()
         name.encode()
-        status = entry.stat()
+        status = os.stat(f"{layout.root}/{name}", follow_symlinks=False)  # noqa: PTH116  # see scan
         yield Found(name, disk_usage(status), int(status.st_mtime))
 
 
-def nar_of(narinfo: Path) -> str | None:
+def nar_of(narinfo: str | Path) -> str | None:
     """Return the name of the NAR that a narinfo of the store leads to; None when it leads nowhere.
 
     Raises:
         OSError: It cannot be read.
     """
-    url = _URL.search(narinfo.read_bytes())
+    with open(narinfo, "rb", buffering=0) as file:  # noqa: PTH123  # see scan
+        url = _URL.search(file.read())
     return None if url is None else os.fsdecode(url[1])
 
 
-def has_nar(layout: Layout, narinfo: Path) -> bool:
+def has_nar(layout: Layout, narinfo: str | Path) -> bool:
     """Tell whether what a narinfo of the store leads to is here; True as well when it cannot be read."""
     try:
         nar = nar_of(narinfo)
     except OSError:
         return True  # unreadable is not the same as useless
-    return nar is not None and (layout.root / nar).is_file()
+    return nar is not None and os.path.isfile(f"{layout.root}/{nar}")  # noqa: PTH113  # see scan

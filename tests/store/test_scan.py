@@ -72,6 +72,17 @@ def test_everything_published_is_found(layout: Layout) -> None:
         assert file.size == (layout.root / file.name).stat().st_blocks * 512
 
 
+@pytest.mark.parametrize("at_once", [1, 5, 10_000])
+def test_names_come_in_order(layout: Layout, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Files of a folder come once each and in order, whether its names fit into memory or not."""
+    monkeypatch.setattr("proxy.store.scan.NAMES", at_once)
+    names = [f"nar/{first}{number}.nar" for first in "0az_Ä🙂" for number in range(3)]
+    for name in names:
+        _write(layout.root / name)
+
+    assert [file.name for file in scan(layout)] == sorted(names)
+
+
 def test_state_and_strangers_do_not_count(layout: Layout) -> None:
     """Neither what is derived counts, nor ``nix-cache-info``, nor what somebody else put there."""
     for path in (
