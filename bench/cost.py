@@ -37,6 +37,9 @@ FETCHED_AT_ONCE = 4
 UNPACKED_AT_ONCE = 64 * 1024
 
 RANDOM_NARINFOS = 100_000
+MODEST = 8
+"""Connections of a load that leaves the proxy time: over more, they wait for each other."""
+
 IDLE_CONNECTIONS = 1_000
 READERS = 20
 FIRST_BYTES = 12
@@ -107,6 +110,7 @@ class Bench:
         steps: Mapping[str, Callable[[], None]] = {
             "miss": self._miss_path,
             "first byte": self._first_byte,
+            "first start": self._first_start,
             "store": self._large_store,
             "idle": self._idle_connections,
             "large NAR": self._large_nar,
@@ -178,43 +182,71 @@ class Bench:
 
     # --- many paths
 
-    def _large_store(self) -> None:
-        """How a store with very many paths starts, and answers."""
-        count: int = self._options.stored
-        store = LargeStore(self._kept / f"store-{count}" / "store", count)
+    def _first_start(self) -> None:
+        """How a store with very many paths and no index starts, and answers while it is counted."""
+        store = self._store()
         store.forget_index()
-        with self._started(store, "first start", bars=(None, None)) as proxy:
+        what = f"first start, {store.count:,} paths"
+        with self._started(store, what, bars=(None, None)) as proxy:
+            self._random_narinfos(proxy, store, "while they are counted", (8,), bar=None)
+            self._wait_counted(proxy)
             counting = time.monotonic() - proxy.began
-            self._note(f"first start, {count:,} paths: until all are counted", "s", counting)
+            self._note(f"{what}: until all are counted", "s", counting)
+
+    def _large_store(self) -> None:
+        """How a store with very many paths starts from its index, and answers."""
+        store = self._store()
+        with servers.our_proxy(store.folder.parent, [], cores=self._cores.servers) as proxy:
+            self._wait_counted(proxy)  # so that there is nothing to count in what follows
+        what = f"start, {store.count:,} paths"
         for _ in range(self._options.cost_rounds):
-            with self._started(store, "start", bars=(1, 150)) as proxy:
-                self._random_narinfos(proxy, store)
+            with self._started(store, what, bars=(1, 150)) as proxy:
+                self._wait_counted(proxy)
+                self._note(f"{what}: until counted", "s", time.monotonic() - proxy.began)
+                self._random_narinfos(proxy, store, "", (1, 8, 64), bar=5)
+
+    def _store(self) -> LargeStore:
+        count: int = self._options.stored
+        return LargeStore(self._kept / f"store-{count}" / "store", count)
 
     @contextmanager
     def _started(
         self, store: LargeStore, what: str, *, bars: tuple[float | None, float | None]
     ) -> Iterator[Served]:
-        """Start a proxy, and yield it when it knows the store; ``bars`` are for time and memory."""
-        name = f"{what}, {store.count:,} paths"
+        """Start a proxy, and yield it when it serves the store; ``bars`` are for time and memory."""
+        (path,) = store.narinfo_paths(1)
         with servers.our_proxy(store.folder.parent, [], cores=self._cores.servers) as proxy:
             proxy.get("/readyz")
-            self._note(f"{name}: until ready", "s", time.monotonic() - proxy.began, bar=bars[0])
-            while proxy.metric("store_paths") < store.count:
-                time.sleep(0.1)
+            proxy.get(path)
+            self._note(f"{what}: until it serves", "s", time.monotonic() - proxy.began, bar=bars[0])
             yield proxy
             memory = processes.peak_rss(proxy.process.pid)
-            self._note(f"{name}: peak RSS", "MB", memory / MB, bar=bars[1])
+            self._note(f"{what}: peak RSS", "MB", memory / MB, bar=bars[1])
 
-    def _random_narinfos(self, proxy: Served, store: LargeStore) -> None:
+    def _wait_counted(self, proxy: Served) -> None:
+        while not proxy.metric("store_scanned"):
+            time.sleep(0.1)
+
+    def _random_narinfos(
+        self,
+        proxy: Served,
+        store: LargeStore,
+        when: str,
+        loads: Iterable[int],
+        *,
+        bar: float | None,
+    ) -> None:
+        """Ask for others in each round: the disk does not have them in memory, as after any start."""
         file = self._folder / "random.paths"
         file.write_text("".join(f"{path}\n" for path in store.narinfo_paths(RANDOM_NARINFOS)))
-        for connections, bar in ((1, 5), (8, 5), (64, None)):
+        for connections in loads:
             sample = load.wrk(
                 proxy, file, connections=connections, seconds=3, cores=self._cores.load
             )
-            name = f"narinfo at random of {store.count:,}, over {connections}"
+            name = f"narinfo at random of {store.count:,}{when and ' '}{when}, over {connections}"
             self._note(f"{name}: p50", "ms", sample.p50_us / 1e3)
-            self._note(f"{name}: p99", "ms", sample.p99_us / 1e3, bar=bar)
+            modest = connections <= MODEST
+            self._note(f"{name}: p99", "ms", sample.p99_us / 1e3, bar=bar if modest else None)
             self._note(f"{name}: CPU per request", "µs", sample.cpu_us)
 
     # --- memory

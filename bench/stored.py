@@ -44,8 +44,8 @@ class LargeStore:
             complete.touch()
 
     def narinfo_paths(self, count: int) -> Iterator[str]:
-        """Yield URL paths of narinfos that are there, at random."""
-        chosen = random.Random("chosen")
+        """Yield URL paths of narinfos that are there, at random, and others each time."""
+        chosen = random.Random()
         for _ in range(count):
             yield _entry(chosen.randrange(self.count)).narinfo_path
 
