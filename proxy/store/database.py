@@ -52,6 +52,7 @@ COMMIT;
 _SCANNED = """
 BEGIN;
 DELETE FROM before;
+DELETE FROM used WHERE name NOT IN (SELECT name FROM entry);  -- or `oldest` would pass over them for ever
 CREATE INDEX IF NOT EXISTS used_at ON used (at);
 COMMIT;
 """

@@ -387,6 +387,20 @@ def test_last_use_and_origin_survive_a_rescan(box: Box) -> None:
     assert box.last_uses()["log/1"] == 12345
 
 
+def test_rescan_forgets_the_use_of_what_is_gone(box: Box) -> None:
+    """A file that was taken away is not looked for again whenever something is to be evicted."""
+    box.scanned()
+    gone = box.file("log/1", 10)
+    box.file("log/2", 10)
+    box.close()
+    gone.unlink()
+    box.forget_close()
+
+    box.scanned()
+    box.close()
+    assert set(box.last_uses()) == {"log/2"}
+
+
 def test_last_use(box: Box) -> None:
     """The time at which a client was last given a file is noted."""
     box.scanned()
