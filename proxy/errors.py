@@ -24,7 +24,9 @@ Rules:
     │  ├─ DecodeError          the compressed stream is damaged, truncated or needs too much memory
     │  └─ UnverifiableError    nothing here can check it
     ├─ UpstreamError           we do not know
-    │  ├─ UpstreamUnavailableError   refused, reset, DNS, TLS, 5xx, 429
+    │  ├─ UpstreamUnavailableError   refused, reset, DNS, TLS
+    │  │  └─ UpstreamBusyError       … or 408, 429, 5xx
+    │  ├─ UpstreamSkippedError       it has failed, and is left alone for now
     │  ├─ UpstreamTimeoutError       no answer in time
     │  ├─ UpstreamDeniedError        401, 403, 407
     │  ├─ UpstreamProtocolError      an answer that no binary cache gives
@@ -152,9 +154,29 @@ class UpstreamError(ProxyError):
 
 
 class UpstreamUnavailableError(UpstreamError):
-    """Refused, reset, DNS or TLS failure, 408, 429 or 5xx."""
+    """Refused, reset, DNS or TLS failure, or `UpstreamBusyError`."""
 
     outcome = "unavailable"
+
+
+class UpstreamBusyError(UpstreamUnavailableError):
+    """408, 429 or 5xx: it answers that it cannot answer.
+
+    Args:
+        upstream: The upstream's configured name.
+        reason: What happened, for the log.
+        retry_after: Seconds for which it asks to be left alone (RFC 9110 §10.2.3).
+    """
+
+    def __init__(self, upstream: str, reason: str, retry_after: float = 0.0) -> None:
+        super().__init__(upstream, reason)
+        self.retry_after = retry_after
+
+
+class UpstreamSkippedError(UpstreamError):
+    """It has failed before, and is left alone for now."""
+
+    outcome = "skipped"
 
 
 class UpstreamTimeoutError(UpstreamError):

@@ -38,6 +38,22 @@ class UpstreamAnswered:
 
 
 @dataclass(frozen=True, slots=True)
+class BreakerOpened:
+    """An upstream has failed too often in a row, and is left alone for so many seconds."""
+
+    upstream: str
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerClosed:
+    """An upstream that was left alone answers again."""
+
+    upstream: str
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """Something was refused because it is not what a trusted key signed.
 
@@ -196,6 +212,8 @@ class Fault:
 
 Event = (
     UpstreamAnswered
+    | BreakerOpened
+    | BreakerClosed
     | Rejected
     | NotDecoded
     | FetchStarted

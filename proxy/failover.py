@@ -1,7 +1,9 @@
 """Which upstream's answer to take.
 
 All upstreams are asked at once. The most preferred one that has the thing wins; when a less preferred one
-has it and a more preferred one is still silent, that one gets a moment longer and is then passed over.
+has it and a more preferred one is still silent, that one gets a moment longer and is then passed over;
+so is one that has failed before and is on probation. Who is passed over has until the end of the budget to
+show that it lives: its breaker wants to know.
 "Absent" is said only when every upstream said it; anything less is "unknown".
 
 What decides (`choose`) is pure; `Failover` obeys it.
@@ -10,12 +12,14 @@ What decides (`choose`) is pure; `Failover` obeys it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from proxy.asking import Asker, Question
 from proxy.errors import (
     NotFoundError,
     ProxyError,
@@ -25,13 +29,14 @@ from proxy.errors import (
     UpstreamLiedError,
     UpstreamTimeoutError,
 )
-from proxy.events import Asked, Observer, Rejected, UpstreamAnswered
+from proxy.events import Asked, Observer, Rejected
 from proxy.nix import narinfo
 from proxy.nix.decoders import READABLE
 from proxy.nix.narinfo import VerifiedNarInfo
 from proxy.nix.signature import Keyring
 from proxy.nix.store_path import HashPart
 from proxy.nix.trust import Trust
+from proxy.upstream.breaker import Ticket
 from proxy.upstream.remote import Upstream
 
 T = TypeVar("T")
@@ -115,6 +120,7 @@ class Failover:
         budget: Seconds in which a question is answered, one way or the other.
         observer: Told of every answer.
         keyring: Trusted, besides the upstreams' own, for what is kept already.
+        clock: Seconds on a monotonic clock, for the breakers.
     """
 
     def __init__(
@@ -124,12 +130,24 @@ class Failover:
         budget: float,
         observer: Observer,
         keyring: Keyring = NOBODY,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.sources = tuple(sources)
         self.trust = Trust((keyring, *(source.keyring for source in self.sources)))
         """Whose signatures count where nobody remembers the upstream."""
         self._budget = budget
+        self._grace = budget * GRACE
         self._observer = observer
+        self._asker = Asker(observer, patience=self._grace, clock=clock)
+        self._passed_over: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Ask nothing more, and drop all connections."""
+        for task in self._passed_over:
+            task.cancel()
+        await asyncio.gather(*self._passed_over, return_exceptions=True)
+        for source in self.sources:
+            await source.upstream.close()
 
     async def narinfo(
         self,
@@ -176,51 +194,93 @@ class Failover:
             NotFoundError: All upstreams said that they do not have it.
             UpstreamError: Nobody has it, but not everybody could be asked, or somebody lied.
         """
+        made_up = asked != "narinfo"  # what else is asked of all has its URL from a client
+        questions = [Question(asked, what, made_up=made_up) for _ in self.sources]
         tasks = [
-            asyncio.create_task(self._observed(ask, source, asked, what)) for source in self.sources
+            asyncio.create_task(self._ask(ask, source, question))
+            for source, question in zip(self.sources, questions, strict=True)
         ]
+        deadline = asyncio.get_running_loop().time() + self._budget
         chosen: int | Verdict = Verdict.WAIT
         try:
-            chosen = await self._wait(tasks)
+            chosen = await self._wait(tasks, questions, deadline)
             if isinstance(chosen, int):
                 return Offer(self.sources[chosen].upstream, tasks[chosen].result())
             if chosen is Verdict.ABSENT:
                 raise NotFoundError(f"no upstream has {what}")
             raise self._reason(tasks)
         finally:
-            losers = [task for position, task in enumerate(tasks) if position != chosen]
+            last = chosen if isinstance(chosen, int) else len(tasks) * (chosen is Verdict.UNKNOWN)
+            passed = [at for at in range(last) if not tasks[at].done()]
+            self._see_out([(tasks[at], questions[at]) for at in passed], deadline, discard)
+            losers = [task for at, task in enumerate(tasks) if at not in passed and at != chosen]
             await _dismiss(losers, discard)
 
-    async def _wait(self, tasks: Sequence[asyncio.Task[T]]) -> int | Verdict:
+    async def _wait(
+        self, tasks: Sequence[asyncio.Task[T]], questions: Sequence[Question], deadline: float
+    ) -> int | Verdict:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._budget
+        probation_ends = loop.time() + self._grace
         patience_ends = deadline
         while True:
-            states = [_state(task) for task in tasks]
             now = loop.time()
+            states = [
+                _state(task, on_probation=question.probe and now >= probation_ends)
+                for task, question in zip(tasks, questions, strict=True)
+            ]
             if State.HAS in states:
-                patience_ends = min(patience_ends, now + self._budget * GRACE)
+                patience_ends = min(patience_ends, now + self._grace)
             verdict = choose(states, patient=now < patience_ends)
             if verdict is not Verdict.WAIT:
                 return verdict
             if now >= deadline:
                 return Verdict.UNKNOWN
             pending = [task for task in tasks if not task.done()]
-            await asyncio.wait(
-                pending, timeout=patience_ends - now, return_when=asyncio.FIRST_COMPLETED
-            )
+            ends = min(end for end in (probation_ends, patience_ends, deadline) if end > now)
+            await asyncio.wait(pending, timeout=ends - now, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _observed(
-        self, ask: Callable[[Source], Awaitable[T]], source: Source, asked: Asked, what: str
+    def _see_out(
+        self,
+        losers: Sequence[tuple[asyncio.Task[T], Question]],
+        deadline: float,
+        discard: Callable[[T], Awaitable[None]] | None,
+    ) -> None:
+        """Let who was passed over answer until the deadline; silence beyond it is a failure."""
+
+        async def see_out() -> None:
+            tasks = [task for task, _ in losers]
+            left = deadline - asyncio.get_running_loop().time()
+            try:
+                _, silent = await asyncio.wait(tasks, timeout=max(0.0, left))
+                for task, question in losers:
+                    question.overdue = task in silent
+            finally:
+                await _dismiss(tasks, discard)
+
+        if losers:
+            seeing_out = asyncio.create_task(see_out())
+            self._passed_over.add(seeing_out)
+            seeing_out.add_done_callback(self._passed_over.discard)
+
+    async def _ask(
+        self, ask: Callable[[Source], Awaitable[T]], source: Source, question: Question
     ) -> T:
-        """Ask one upstream, and tell the observer what came of it."""
-        name = source.upstream.name
-        with observed(self._observer, name, asked, what):
+        """Ask one upstream; an answer that is not what was signed is a failure of it."""
+        async with self.asking(source.upstream, question):
             try:
                 return await ask(source)
             except TrustError as error:
-                self._observer(Rejected(name, what, error.kind, str(error)))
+                name = source.upstream.name
+                self._observer(Rejected(name, question.what, error.kind, str(error)))
                 raise UpstreamLiedError(name, str(error)) from error
+
+    def asking(self, upstream: Upstream, question: Question) -> AbstractAsyncContextManager[Ticket]:
+        """Ask a single upstream: `proxy.asking.Asker.asking`."""
+        return self._asker.asking(upstream, question)
+
+    def ended(self, upstream: Upstream, ticket: Ticket, error: ProxyError | None) -> None:
+        """Say how the body of a NAR ended: `proxy.asking.Asker.ended`."""
+        self._asker.ended(upstream, ticket, error)
 
     def _reason(self, tasks: Sequence[asyncio.Task[T]]) -> ProxyError:
         """Say why we do not know: the most preferred upstream's own error, else that time ran out."""
@@ -235,27 +295,9 @@ class Failover:
         return UpstreamTimeoutError(silent, f"no answer in {self._budget:g} s")
 
 
-@contextlib.contextmanager
-def observed(observer: Observer, upstream: str, asked: Asked, what: str) -> Iterator[None]:
-    """Tell an observer what came of asking an upstream for something."""
-    outcome, reason = "cancelled", ""
-    try:
-        yield
-    except NotFoundError:
-        outcome = "absent"
-        raise
-    except UpstreamError as error:
-        outcome, reason = error.outcome, error.reason
-        raise
-    else:
-        outcome = "hit"
-    finally:
-        observer(UpstreamAnswered(upstream, asked, what, outcome, reason))
-
-
-def _state(task: asyncio.Task[T]) -> State:
+def _state(task: asyncio.Task[T], *, on_probation: bool) -> State:
     if not task.done():
-        return State.PENDING
+        return State.FAILED if on_probation else State.PENDING
     error = task.exception()
     if error is None:
         return State.HAS

@@ -25,6 +25,8 @@ from prometheus_client.registry import Collector
 from proxy import __version__
 from proxy.errors import TrustError
 from proxy.events import (
+    BreakerClosed,
+    BreakerOpened,
     ConfigReloaded,
     Event,
     Evicted,
@@ -72,6 +74,15 @@ class Metrics:
         self._upstream_bytes = self._counter(
             "upstream_bytes", "Bytes of files fetched from upstreams.", ("upstream",)
         )
+        self._upstream_up = Gauge(
+            f"{PREFIX}_upstream_up",
+            "0 while an upstream has failed and is left alone.",
+            ("upstream",),
+            registry=self._registry,
+        )
+        self._breaker_opened = self._counter(
+            "upstream_breaker_opened", "Times that an upstream was left alone.", ("upstream",)
+        )
         self._rejected = self._counter(
             "verification_failures", "Things that were not what was signed.", ("kind",)
         )
@@ -113,6 +124,8 @@ class Metrics:
                 for outcome in ("hit", "absent"):
                     self._upstream_requests.labels(name, kind, outcome)
             self._upstream_bytes.labels(name)
+            self._upstream_up.labels(name).set(1)
+            self._breaker_opened.labels(name)
         for failure in trust_kinds():
             self._rejected.labels(failure)
         for result in get_args(Result):
@@ -150,6 +163,11 @@ class Metrics:
 
     def _count_rare(self, event: Event) -> None:
         match event:
+            case BreakerOpened(upstream):
+                self._upstream_up.labels(upstream).set(0)
+                self._breaker_opened.labels(upstream).inc()
+            case BreakerClosed(upstream):
+                self._upstream_up.labels(upstream).set(1)
             case StoreFailed():
                 self._store_failures.inc()
             case Quarantined():

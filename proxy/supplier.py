@@ -12,16 +12,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TypeVar
 
+from proxy.asking import Question
 from proxy.errors import (
     DamagedError,
     NotFoundError,
     StoreError,
     TrustError,
     UpstreamDeniedError,
+    UpstreamError,
     UpstreamProtocolError,
 )
 from proxy.events import NotDecoded, Observer, StoreFailed
-from proxy.failover import Failover, observed
+from proxy.failover import Failover
 from proxy.fetch import Body, Supply, Unverified
 from proxy.known import KnownPath, KnownPaths
 from proxy.nix.nar import NarVerifier
@@ -30,6 +32,7 @@ from proxy.nix.store_path import HashPart
 from proxy.store.files import OpenFile, Partial, closed_on_failure
 from proxy.store.folder import Store
 from proxy.upstream.answer import Body as UpstreamBody
+from proxy.upstream.breaker import Ticket
 
 T = TypeVar("T")
 
@@ -72,15 +75,19 @@ class Supplier:
             UpstreamError: Nobody has it, as far as could be found out.
         """
         async with AsyncExitStack() as stack:
-            known, body = await self._at_its_place(
+            known, ticket, body = await self._at_its_place(
                 name,
                 lambda known: stack.enter_async_context(known.source.nar(known.info.url)),
             )
             try:
                 yield self._verified_supply(name, known, body)
-            except TrustError:
-                self._known.forget(known)
+            except (TrustError, UpstreamError) as error:
+                self._failover.ended(known.source, ticket, error)
+                if isinstance(error, TrustError):
+                    self._known.forget(known)
                 raise
+            else:
+                self._failover.ended(known.source, ticket, None)
 
     async def announced_size(self, name: NarName) -> tuple[KnownPath, int | None]:
         """Ask an upstream how many bytes a NAR has; None when nobody says.
@@ -98,26 +105,31 @@ class Supplier:
                     raise
                 return known.info.file_size  # an object store's signed URL may be for GET alone
 
-        return await self._at_its_place(name, ask)
+        known, _, size = await self._at_its_place(name, ask)
+        return known, size
 
     async def _at_its_place(
         self, name: NarName, ask: Callable[[KnownPath], Awaitable[T]]
-    ) -> tuple[KnownPath, T]:
+    ) -> tuple[KnownPath, Ticket, T]:
         """Ask where a NAR is said to be; if it has been moved since that was said, ask where to."""
         known = self._known.elsewhere(name)
         if known is not None:
             try:
-                with observed(self._observer, known.origin, "nar", str(name)):
-                    return known, await ask(known)
+                return await self._ask_one(name, known, ask)
             except (NotFoundError, UpstreamDeniedError):
                 self._known.forget(known)
         known = await self.look_up(name.hash_part, name)
         try:
-            with observed(self._observer, known.origin, "nar", str(name)):
-                return known, await ask(known)
+            return await self._ask_one(name, known, ask)
         except (NotFoundError, UpstreamDeniedError):
             self._known.forget(known)  # a narinfo without its NAR is of no use to anybody
             raise
+
+    async def _ask_one(
+        self, name: NarName, known: KnownPath, ask: Callable[[KnownPath], Awaitable[T]]
+    ) -> tuple[KnownPath, Ticket, T]:
+        async with self._failover.asking(known.source, Question("nar", str(name))) as ticket:
+            return known, ticket, await ask(known)
 
     def _verified_supply(self, name: NarName, known: KnownPath, body: Body) -> Supply:
         info = known.info

@@ -87,7 +87,7 @@ class InsideProxy:
         store: The open store.
         cache: The cache.
         server: The request handler.
-        clock: What negative answers age by.
+        clock: What negative answers age by, and how long upstreams that fail are left alone.
     """
 
     def __init__(
@@ -157,8 +157,7 @@ class InsideProxy:
         await self._listening.__aexit__(None, None, None)
         await self.prefetch.close()
         await self.cache.close()
-        for source in self.failover.sources:
-            await source.upstream.close()
+        await self.failover.close()
         await self.store.close()
 
     async def facts(self) -> Facts:
@@ -193,6 +192,7 @@ class InsideProxy:
             ],
             budget=self._budget,
             observer=self.events.append,
+            clock=self.clock,
         )
 
     def observed(self, kind: type[E]) -> list[E]:

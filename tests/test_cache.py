@@ -231,8 +231,7 @@ async def test_an_absence_ends_when_the_configuration_changes(
         assert (await proxy.get(ABSENT))[0] == 404
         assert other.count(ABSENT) == 2
     finally:
-        for source in old.sources:
-            await source.upstream.close()
+        await old.close()
         proxy.failover = new
 
 

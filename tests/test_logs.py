@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -21,6 +22,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from proxy.events import (
+    BreakerClosed,
+    BreakerOpened,
     ConfigReloaded,
     Event,
     Evicted,
@@ -99,6 +102,9 @@ def _served(code: int = 200) -> RequestServed:
 LOUDNESS: list[tuple[Event, str]] = [
     (Rejected("up0", "x.narinfo", "signature", "unsigned"), "warning"),
     (NotDecoded("x.nar", "lrzip"), "warning"),
+    (BreakerOpened("up0", "reset", 1.0), "warning"),
+    (BreakerOpened("up0", "reset", 2.0), "debug"),
+    (BreakerClosed("up0"), "info"),
     (FetchStarted("x.nar", "up0"), "debug"),
     (FetchingAhead("x.nar"), "debug"),
     (FetchEnded("x.nar", "up0", 100, 0.5, None), "info"),
@@ -312,21 +318,33 @@ def told(proxy: DaemonProcess, event: str) -> list[str]:
     return [line["level"] for line in proxy.logged(event) if line["level"] != "debug"]
 
 
+def until_asked_again(proxy: DaemonProcess, path: str, times: int) -> None:
+    """Ask until an upstream is no longer left alone, for so many times in its life."""
+    deadline = time.monotonic() + 20
+    while len(proxy.logged("upstream asked again")) < times:
+        assert time.monotonic() < deadline
+        status(proxy, path)
+        time.sleep(0.05)
+
+
 def test_said_once(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
     """However many requests an upstream fails, the log has one warning, and one line of relief."""
     cache = threaded_sim(*ENTRIES)
     proxy = daemon(cache.url, config='[policy]\nnegative_ttl = "0s"')
-    for _ in range(2):
+    for outage in range(2):
         cache.down()
         for entry in ENTRIES:
             assert status(proxy, entry.narinfo_path) == 404
             assert status(proxy, f"/{entry.hash_part}.ls") == 404
         cache.up()
+        until_asked_again(proxy, f"/{'0' * 32}.narinfo", outage + 1)
         for entry in ENTRIES:
             assert status(proxy, f"/{entry.hash_part}.ls") == 404
     proxy.stop()
     assert told(proxy, "upstream fails") == ["warning", "warning"]
     assert told(proxy, "upstream answers") == ["info", "info"]
+    assert told(proxy, "upstream left alone") == ["warning", "warning"]
+    assert told(proxy, "upstream asked again") == ["info", "info"]
 
 
 SECRETS = ("s3cr3t-word", "s3cr3t-user", base64.b64encode(b"s3cr3t-user:s3cr3t-word").decode())

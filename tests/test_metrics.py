@@ -371,7 +371,7 @@ def test_upstream_outcomes(daemon: RunDaemon, threaded_sim: RunSimulator) -> Non
     cache = threaded_sim(ENTRY)
     config = (
         f'[[upstream]]\nname = "one"\nurl = "{cache.url}"\n'
-        'read_timeout = "400ms"\nconnect_timeout = "100ms"'
+        'read_timeout = "400ms"\nconnect_timeout = "100ms"\n[policy]\nnegative_ttl = "0s"'
     )
     proxy = daemon(config=config)
 
@@ -395,6 +395,7 @@ def test_upstream_outcomes(daemon: RunDaemon, threaded_sim: RunSimulator) -> Non
         assert request(proxy, path)[0] == 404
         assert count("narinfo", outcome) == before + 1, trouble
         rule.lift()
+        assert request(proxy, path)[0] == 404  # it answers, so it is not left alone
     cache.fault("/nar/", Status(503), times=1)
     assert request(proxy, nar_path(ENTRY))[0] == 404
     assert count("nar", "unavailable") == 1
@@ -434,7 +435,7 @@ def test_verification_failures(
     packed = StoreEntry.make("packed-1.0", b"packed\n" * 1_000, compression="gzip")
     garbled = packed.but(served=Blob.of(b"not gzip at all"))
     cache.publish(garbled)
-    proxy = daemon(cache.url)
+    proxy = daemon(cache.url, config='[policy]\nnegative_ttl = "0s"')
 
     def failures() -> dict[str, float]:
         return {
@@ -453,6 +454,7 @@ def test_verification_failures(
         expected[kind] += 1
         assert failures() == expected
         rule.lift()
+        assert request(proxy, OTHER.narinfo_path)[0] == 404  # it answers, so it is not left alone
     for kind, fault in (("hash", Corrupt()), ("size", Longer()), ("size", Shorter())):
         rule = cache.fault(ENTRY.nar_path, fault)
         _, nar = request(proxy, nar_path(ENTRY))
@@ -460,6 +462,7 @@ def test_verification_failures(
         expected[kind] += 1
         eventually(lambda: failures() == expected)
         rule.lift()
+        assert request(proxy, OTHER.narinfo_path)[0] == 404
     assert request(proxy, nar_path(garbled) + ".gz")[0] == 404
     expected["encoding"] += 1
     eventually(lambda: failures() == expected)

@@ -230,5 +230,4 @@ async def test_forgotten_with_the_upstreams(
         before, proxy.failover = proxy.failover, proxy.make_failover(other.url)
         proxy.cache.use(proxy.failover, negative_ttl=TTL)
         assert await proxy.nar_url(ENTRY.hash_part) == NAR_URL
-        for source in before.sources:
-            await source.upstream.close()
+        await before.close()

@@ -267,8 +267,7 @@ async def test_other_upstreams_are_walked_again(
         proxy.cache.use(changed, negative_ttl=60)
         proxy.prefetch.configure(NARINFOS_ONLY)
         await ask_once(proxy, root)
-        for source in changed.sources:
-            await source.upstream.close()
+        await changed.close()
 
     assert (old.gets(leaf.narinfo_path), new.gets(leaf.narinfo_path)) == (1, 1)
 

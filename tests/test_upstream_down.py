@@ -89,6 +89,9 @@ TROUBLES: Mapping[str, Trouble] = {
     "another's key": _instead_of_narinfos(lambda _text, _key: MISSING.narinfo(SigningKey("evil"))),
 }
 
+AN_HOUR = 3_600.0
+"""Seconds after which any upstream is asked again."""
+
 troubled = pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES.keys())
 
 
@@ -176,6 +179,7 @@ async def test_missing_paths_are_not_found(
         assert lookups(proxy) == asked
     cache.heal()
     cache.up()
+    proxy.clock.now += AN_HOUR
     assert await proxy.nar_url(MISSING.hash_part)
 
 
@@ -215,6 +219,7 @@ async def test_other_files(
         assert_ours(await quickly(proxy, path), 502 if strict else 404)
     cache.heal()
     cache.up()
+    proxy.clock.now += AN_HOUR
     cache.files.update({path: (b"found", {}) for path in FILES})
     for path in FILES:
         assert (await quickly(proxy, path)).body == b"found", path
@@ -234,6 +239,7 @@ async def test_nar_behind_a_known_narinfo(
         assert_ours(await quickly(proxy, nar_url, method), 502 if strict else 404)
     cache.heal()
     cache.up()
+    proxy.clock.now += AN_HOUR
     received = await proxy.pull(nar_url)
     assert (received.status, received.body) == (200, bytes(MISSING.file))
 

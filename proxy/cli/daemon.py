@@ -18,13 +18,14 @@ from proxy.cli.logs import EventLog, log
 from proxy.cli.operations import Operations
 from proxy.config import Config, UnixListen
 from proxy.errors import ConfigError, ListenError
-from proxy.events import ConfigReloaded, Event, Fault, Observer
+from proxy.events import BreakerClosed, ConfigReloaded, Event, Fault, Observer
 from proxy.failover import Failover
 from proxy.metrics import Metrics
 from proxy.prefetch import Prefetch
 from proxy.server.listening import Address
 from proxy.store.eviction import Limits
 from proxy.store.folder import Store
+from proxy.upstream.breaker import State
 from proxy.workers.service import Core
 from proxy.workers.supervisor import supervised
 
@@ -63,7 +64,9 @@ class Daemon:
             self._cache(store) as cache,
             self._prefetch(cache) as prefetch,
         ):
-            operations = Operations(lambda: self._config, store, self._metrics)
+            operations = Operations(
+                lambda: self._config, lambda: self._failover, store, self._metrics
+            )
             core = Core(cache, prefetch, self._observe, operations)
             async with self._front(core, operations) as front:
                 log.info(
@@ -131,7 +134,7 @@ class Daemon:
         finally:
             await cache.close()
             await asyncio.gather(*self._retiring)
-            await _close(self._failover)
+            await self._failover.close()
 
     @contextlib.asynccontextmanager
     async def _prefetch(self, cache: Cache) -> AsyncIterator[Prefetch]:
@@ -199,6 +202,11 @@ class Daemon:
             if getattr(config, name) != getattr(self._config, name):
                 log.warning("a change to this table takes a restart", table=name)
         retired, self._failover, self._config = self._failover, failover, config
+        for source in retired.sources:
+            if source.upstream.breaker.state is not State.CLOSED:
+                self._observe(
+                    BreakerClosed(source.upstream.name)
+                )  # who is asked now has not failed
         core.cache.use(failover, negative_ttl=config.policy.negative_ttl)
         core.prefetch.configure(assembly.look_ahead(config))
         await front.use(config)
@@ -220,12 +228,7 @@ async def _retire(failover: Failover, cache: Cache) -> None:
     for _ in range(2):  # who asked, and the fetches that they started
         if tasks := cache.tasks:
             await asyncio.wait(tasks)
-    await _close(failover)
-
-
-async def _close(failover: Failover) -> None:
-    for source in failover.sources:
-        await source.upstream.close()
+    await failover.close()
 
 
 def _raise_file_limit() -> None:

@@ -17,6 +17,8 @@ import structlog
 from proxy.config import LogConfig
 from proxy.errors import UpstreamError, UpstreamLiedError
 from proxy.events import (
+    BreakerClosed,
+    BreakerOpened,
     ConfigReloaded,
     Event,
     Evicted,
@@ -125,6 +127,7 @@ class EventLog:
 
     def __init__(self) -> None:
         self._failing: set[str] = set()
+        self._left_alone: set[str] = set()
         self._keeps = True
 
     def __call__(self, event: Event) -> None:
@@ -132,6 +135,8 @@ class EventLog:
         match event:
             case UpstreamAnswered():
                 self._upstream_answered(event)
+            case BreakerOpened() | BreakerClosed():
+                self._breaker_changed(event)
             case StoreFailed() | StoreChanged():
                 self._log_store(event)
             case FetchEnded():
@@ -153,6 +158,17 @@ class EventLog:
             log.error("the store keeps nothing; clients are served uncached", reason=event.reason)
         else:
             log.info("the store keeps what is fetched again")
+
+    def _breaker_changed(self, event: BreakerOpened | BreakerClosed) -> None:
+        """Say once that an upstream is left alone, and once that it is asked again."""
+        if isinstance(event, BreakerClosed):
+            self._left_alone.discard(event.upstream)
+            log.info("upstream asked again", upstream=event.upstream)
+            return
+        tell = log.debug if event.upstream in self._left_alone else log.warning
+        self._left_alone.add(event.upstream)
+        seconds = round(event.seconds, 1)
+        tell("upstream left alone", upstream=event.upstream, reason=event.reason, seconds=seconds)
 
     def _upstream_answered(self, event: UpstreamAnswered) -> None:
         """Say once that an upstream has begun to fail, and once that it has recovered."""

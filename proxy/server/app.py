@@ -53,6 +53,8 @@ STATUSES: Mapping[type[ProxyError], int] = {
     errors.UnverifiableError: NOT_HERE,
     errors.UpstreamError: NOT_HERE,
     errors.UpstreamUnavailableError: NOT_HERE,
+    errors.UpstreamBusyError: NOT_HERE,
+    errors.UpstreamSkippedError: NOT_HERE,
     errors.UpstreamTimeoutError: NOT_HERE,
     errors.UpstreamDeniedError: NOT_HERE,
     errors.UpstreamProtocolError: NOT_HERE,

@@ -46,7 +46,7 @@ nix.settings.trusted-public-keys = [ {quoted_keys} ];</pre>
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the page tells: upstream names, public keys, and what is in the store."""
+    """What the page tells: upstreams and what is to be said of each, public keys, what is in the store."""
 
     upstreams: Sequence[str]
     keys: Sequence[str]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import email.utils
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 
 import aiohttp
@@ -147,6 +150,18 @@ async def drain(response: aiohttp.ClientResponse) -> None:
             for _ in range(MAX_DRAIN // 1024):
                 if not await response.content.read(1024):
                     return
+
+
+def retry_after(response: aiohttp.ClientResponse) -> float:
+    """Return the seconds of ``Retry-After`` (RFC 9110 §10.2.3); 0 when there are none to be read."""
+    text = response.headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
+        return float(text)
+    try:
+        moment = email.utils.parsedate_to_datetime(text)
+        return max(0.0, moment.timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def _compression_of(response: aiohttp.ClientResponse) -> str:

@@ -29,6 +29,7 @@ from proxy import __version__
 from proxy.errors import (
     NotFoundError,
     ParseError,
+    UpstreamBusyError,
     UpstreamDeniedError,
     UpstreamProtocolError,
     UpstreamTimeoutError,
@@ -37,7 +38,8 @@ from proxy.errors import (
 from proxy.nix import narinfo
 from proxy.nix.narinfo import NarInfo
 from proxy.nix.store_path import HashPart
-from proxy.upstream.answer import Body, drain, translated
+from proxy.upstream.answer import Body, drain, retry_after, translated
+from proxy.upstream.breaker import Breaker
 from proxy.upstream.credentials import Credentials, anonymous
 from proxy.upstream.reference import resolved
 
@@ -94,6 +96,8 @@ class Upstream:
     ) -> None:
         self.name = name
         self.url = url
+        self.breaker = Breaker()
+        """Whether it may be asked: `proxy.asking` obeys."""
         self._origin = yarl.URL(url).origin()
         self._credentials = credentials
         self._proxies = urllib.request.getproxies()
@@ -246,7 +250,8 @@ class Upstream:
         if status in _DENIED:
             raise UpstreamDeniedError(self.name, f"answered {status}; are its credentials right?")
         if status in _BUSY or status >= _SERVER_ERRORS:
-            raise UpstreamUnavailableError(self.name, f"answered {status}")
+            wait = retry_after(response)
+            raise UpstreamBusyError(self.name, f"answered {status}", wait)
         raise UpstreamProtocolError(self.name, f"answered {status}")
 
     def _refuse_page(self, response: aiohttp.ClientResponse) -> None:

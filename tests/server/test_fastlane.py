@@ -377,8 +377,7 @@ async def test_keys_that_are_trusted_no_more(
         proxy.cache.use(proxy.failover, negative_ttl=60)
         answer, took_it = await lane.ask(NARINFO)
         assert (answer.code, took_it) == (404, False)
-    for source in old.sources:
-        await source.upstream.close()
+    await old.close()
 
 
 async def test_another_configuration(proxy: InsideProxy, cache: BinaryCacheSimulator) -> None:
@@ -395,8 +394,7 @@ async def test_another_configuration(proxy: InsideProxy, cache: BinaryCacheSimul
         assert (answer.code, took_it) == (200, False)
         answer, _ = await lane.ask(NAR)
         assert (answer.code, answer.body) == (200, bytes(SMALL.file))
-    for source in old.sources:
-        await source.upstream.close()
+    await old.close()
 
 
 def test_an_upstream_that_is_renamed(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
