@@ -36,8 +36,6 @@ class Question:
         asked: What kind of thing it is.
         what: Its name.
         made_up: Whether a client made up the URL, so that a strange answer says nothing of the upstream.
-        patience: Seconds to wait for an upstream that was left alone until now; None for as long as for
-            any other.
         probe: Whether this is the question that decides if the upstream is asked again.
         overdue: Set by who gives up waiting before it cancels the question.
     """
@@ -45,7 +43,6 @@ class Question:
     asked: Asked
     what: str
     made_up: bool = False
-    patience: float | None = None
     probe: bool = False
     overdue: bool = False
 
@@ -84,7 +81,10 @@ class Asker:
         question.probe = ticket.probe
         outcome, reason = "cancelled", ""
         try:
-            async with asyncio.timeout(question.patience if ticket.probe else None):
+            limited = (
+                ticket.probe and question.asked == "nar"
+            )  # of the rest, the budget is the limit
+            async with asyncio.timeout(self._patience if limited else None):
                 yield ticket
         except TimeoutError:
             outcome, reason = UpstreamTimeoutError.outcome, "no answer to a probe in time"

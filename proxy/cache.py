@@ -17,14 +17,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from proxy.answers import Content, Text
 from proxy.errors import NotFoundError
 from proxy.events import COALESCED, HIT, MISS, PREFETCHED, FetchingAhead, Observer, Result
 from proxy.failover import Failover
-from proxy.fetch import Fetch, Reader, Supply
+from proxy.fetch import Fetch, OpenSupply, Reader
 from proxy.known import KnownPath, KnownPaths
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
@@ -162,7 +161,7 @@ class Cache:
         if not self.lacks(name):
             return
         self._refuse_if_absent(key)
-        fetch = self._start(key, lambda: self._supplier.nar(name))
+        fetch = self._start(key, lambda fetch: self._supplier.nar(name, fetch))
         self._ahead.put(key, 1)
         self._observer(FetchingAhead(key))
         try:
@@ -216,7 +215,7 @@ class Cache:
         if file is not None:
             result = PREFETCHED if self._was_ahead(key) else HIT
             return Content(file, None, self._known.etag(name), result, self._published_by(name))
-        reader, result = await self._joined(key, lambda: self._supplier.nar(name))
+        reader, result = await self._joined(key, lambda fetch: self._supplier.nar(name, fetch))
         if self._was_ahead(key):
             result = PREFETCHED
         return Content(reader, None, self._known.etag(name), result, reader.fetch.upstream)
@@ -246,7 +245,7 @@ class Cache:
             UpstreamError: Nobody has it, as far as could be found out.
         """
         reader, result = await self._joined(
-            reference, lambda: self._supplier.foreign_nar(reference)
+            reference, lambda _fetch: self._supplier.foreign_nar(reference)
         )
         return Content(reader, None, None, result, reader.fetch.upstream)
 
@@ -336,9 +335,7 @@ class Cache:
         if self.is_absent(key):
             raise NotFoundError(f"no upstream has {key}")
 
-    async def _joined(
-        self, key: str, open_supply: Callable[[], AbstractAsyncContextManager[Supply]]
-    ) -> tuple[Reader, Result]:
+    async def _joined(self, key: str, open_supply: OpenSupply) -> tuple[Reader, Result]:
         """Join the fetch that is under way, or start it; and wait until there is something to read."""
         fetch, result = self._fetches.get(key), COALESCED
         if fetch is None or not fetch.can_be_joined:
@@ -352,9 +349,7 @@ class Cache:
             raise
         return reader, result
 
-    def _start(
-        self, key: str, open_supply: Callable[[], AbstractAsyncContextManager[Supply]]
-    ) -> Fetch:
+    def _start(self, key: str, open_supply: OpenSupply) -> Fetch:
         """Run a fetch as a task of the daemon; it can be joined until its file is in the store."""
         fetch = Fetch(
             key,

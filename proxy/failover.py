@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -36,7 +35,6 @@ from proxy.nix.narinfo import VerifiedNarInfo
 from proxy.nix.signature import Keyring
 from proxy.nix.store_path import HashPart
 from proxy.nix.trust import Trust
-from proxy.upstream.breaker import Ticket
 from proxy.upstream.remote import Upstream
 
 T = TypeVar("T")
@@ -138,7 +136,7 @@ class Failover:
         self._budget = budget
         self._grace = budget * GRACE
         self._observer = observer
-        self._asker = Asker(observer, patience=self._grace, clock=clock)
+        self.asker = Asker(observer, patience=self._grace, clock=clock)
         self._passed_over: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -153,8 +151,14 @@ class Failover:
         self,
         hash_part: HashPart,
         accept: Callable[[VerifiedNarInfo], bool] = lambda _info: True,
+        without: Collection[str] = (),
     ) -> Offer[Narinfo]:
         """Ask for a narinfo; only one that verifies, and that ``accept`` takes, counts as an answer.
+
+        Args:
+            hash_part: Of the path.
+            accept: What is asked for.
+            without: Names of upstreams that are not asked.
 
         Raises:
             NotFoundError: All upstreams said that they do not have it.
@@ -172,7 +176,8 @@ class Failover:
                 raise NotFoundError(f"{source.upstream.name} has other contents under this path")
             return Narinfo(verified, text)
 
-        return await self.first(ask, "narinfo", f"{hash_part}.narinfo")
+        sources = [source for source in self.sources if source.upstream.name not in without]
+        return await self.first(ask, "narinfo", f"{hash_part}.narinfo", sources=sources)
 
     async def first(
         self,
@@ -181,6 +186,7 @@ class Failover:
         what: str,
         *,
         discard: Callable[[T], Awaitable[None]] | None = None,
+        sources: Sequence[Source] | None = None,
     ) -> Offer[T]:
         """Ask all upstreams at once, and take the most preferred one's answer.
 
@@ -189,26 +195,28 @@ class Failover:
             asked: What kind of thing it is, for the observer.
             what: Its name, for errors and the observer.
             discard: Disposes of an answer that was not taken.
+            sources: Those that are asked, if not all are.
 
         Raises:
             NotFoundError: All upstreams said that they do not have it.
             UpstreamError: Nobody has it, but not everybody could be asked, or somebody lied.
         """
         made_up = asked != "narinfo"  # what else is asked of all has its URL from a client
-        questions = [Question(asked, what, made_up=made_up) for _ in self.sources]
+        sources = self.sources if sources is None else sources
+        questions = [Question(asked, what, made_up=made_up) for _ in sources]
         tasks = [
             asyncio.create_task(self._ask(ask, source, question))
-            for source, question in zip(self.sources, questions, strict=True)
+            for source, question in zip(sources, questions, strict=True)
         ]
         deadline = asyncio.get_running_loop().time() + self._budget
         chosen: int | Verdict = Verdict.WAIT
         try:
             chosen = await self._wait(tasks, questions, deadline)
             if isinstance(chosen, int):
-                return Offer(self.sources[chosen].upstream, tasks[chosen].result())
+                return Offer(sources[chosen].upstream, tasks[chosen].result())
             if chosen is Verdict.ABSENT:
                 raise NotFoundError(f"no upstream has {what}")
-            raise self._reason(tasks)
+            raise self._reason(sources, tasks)
         finally:
             last = chosen if isinstance(chosen, int) else len(tasks) * (chosen is Verdict.UNKNOWN)
             passed = [at for at in range(last) if not tasks[at].done()]
@@ -266,7 +274,7 @@ class Failover:
         self, ask: Callable[[Source], Awaitable[T]], source: Source, question: Question
     ) -> T:
         """Ask one upstream; an answer that is not what was signed is a failure of it."""
-        async with self.asking(source.upstream, question):
+        async with self.asker.asking(source.upstream, question):
             try:
                 return await ask(source)
             except TrustError as error:
@@ -274,22 +282,14 @@ class Failover:
                 self._observer(Rejected(name, question.what, error.kind, str(error)))
                 raise UpstreamLiedError(name, str(error)) from error
 
-    def asking(self, upstream: Upstream, question: Question) -> AbstractAsyncContextManager[Ticket]:
-        """Ask a single upstream: `proxy.asking.Asker.asking`."""
-        return self._asker.asking(upstream, question)
-
-    def ended(self, upstream: Upstream, ticket: Ticket, error: ProxyError | None) -> None:
-        """Say how the body of a NAR ended: `proxy.asking.Asker.ended`."""
-        self._asker.ended(upstream, ticket, error)
-
-    def _reason(self, tasks: Sequence[asyncio.Task[T]]) -> ProxyError:
+    def _reason(self, sources: Sequence[Source], tasks: Sequence[asyncio.Task[T]]) -> ProxyError:
         """Say why we do not know: the most preferred upstream's own error, else that time ran out."""
         for task in tasks:
             if task.done() and isinstance(error := task.exception(), UpstreamError):
                 return error
         silent = next(
             source.upstream.name
-            for source, task in zip(self.sources, tasks, strict=True)
+            for source, task in zip(sources, tasks, strict=True)
             if not task.done()
         )
         return UpstreamTimeoutError(silent, f"no answer in {self._budget:g} s")

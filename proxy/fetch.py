@@ -14,11 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Protocol
 
 from proxy.errors import (
     ProxyError,
@@ -28,8 +26,8 @@ from proxy.errors import (
     UpstreamUnavailableError,
 )
 from proxy.events import FetchEnded, FetchStarted, Observer, Rejected
-from proxy.store.files import Partial
 from proxy.store.incoming import Cursor, Incoming
+from proxy.supply import Supply, Verifier
 
 HELD_BACK = 16 * 2**10
 """Bytes at the end that wait for the verdict: enough that what came before is useless to a program that
@@ -39,54 +37,6 @@ LAG = 5.0
 """Seconds that readers wait for a slower one, where memory is all there is; then it is left behind."""
 
 
-class Body(Protocol):
-    """What arrives from an upstream: `proxy.upstream.answer.Body`."""
-
-    size: int | None
-
-    async def read(self) -> bytes:
-        """Return the next bytes, or ``b""`` at the end of a complete body."""
-
-
-class Verifier(Protocol):
-    """What judges the bytes: `proxy.nix.nar.NarVerifier`."""
-
-    def feed(self, data: bytes) -> None:
-        """Take the next bytes; raise `TrustError` as soon as they cannot be right."""
-
-    def finish(self) -> None:
-        """Judge the whole; raise `TrustError`."""
-
-
-class Unverified:
-    """Judges nothing: for bytes that are passed on and not kept."""
-
-    def feed(self, data: bytes) -> None:
-        """Take any bytes."""
-
-    def finish(self) -> None:
-        """Take any end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Supply:
-    """Where the bytes come from, and what is to become of them.
-
-    Attributes:
-        upstream: The upstream's name.
-        body: What arrives.
-        verifier: Judges it, on a worker thread.
-        expected_size: Bytes it must have, when that is known beforehand.
-        publish: Takes over the verified partial file; None for a file that nobody keeps.
-    """
-
-    upstream: str
-    body: Body
-    verifier: Verifier
-    expected_size: int | None
-    publish: Callable[[Partial], Awaitable[None]] | None
-
-
 class Fetch:
     """A file on its way from an upstream to its readers and to the store.
 
@@ -94,8 +44,8 @@ class Fetch:
 
     Args:
         what: The file's name, for events.
-        open_supply: Finds out where the file is, and connects. What goes wrong with the file later is
-            raised inside of it.
+        open_supply: Finds out where the file is, and connects; is given the fetch, whose readers it has
+            to consider. What goes wrong with the file in the end is raised inside of it.
         incoming: Where it is written to.
         executor: Worker threads for writing and verifying.
         observer: Told of start and end.
@@ -105,7 +55,7 @@ class Fetch:
         self,
         what: str,
         *,
-        open_supply: Callable[[], AbstractAsyncContextManager[Supply]],
+        open_supply: OpenSupply,
         incoming: Incoming,
         executor: Executor,
         observer: Observer,
@@ -164,6 +114,14 @@ class Fetch:
             await self._change()
         return self.released
 
+    def read_back(self, position: int, count: int) -> bytes:
+        """Return some of what was released.
+
+        Raises:
+            StoreError: The disk failed.
+        """
+        return self._incoming.read_back(position, count)
+
     async def size_known(self) -> int:
         """Wait until the size is known: until the end, where neither narinfo nor upstream says it.
 
@@ -186,7 +144,7 @@ class Fetch:
     async def run(self) -> None:
         """Find, download, verify, publish. What fails is told to the readers and in `error`."""
         try:
-            async with self._open_supply() as supply:
+            async with self._open_supply(self) as supply:
                 await self._take(supply)
         except ProxyError as error:
             self._fail(error)
@@ -195,10 +153,10 @@ class Fetch:
             self._fail(UpstreamUnavailableError(self.upstream, "the fetch was given up"))
             raise
         else:
-            partial = self._incoming.kept
-            if supply.publish is not None and partial is not None:
+            publish, partial = supply.promise.publish, self._incoming.kept
+            if publish is not None and partial is not None:
                 self._published = True
-                await supply.publish(partial)
+                await publish(partial)
 
     def close(self) -> None:
         """Let go of the file; readers have descriptors of their own."""
@@ -230,17 +188,38 @@ class Fetch:
             )
 
     async def _download(self, supply: Supply) -> None:
-        self.size = _agreed_size(supply.expected_size, supply.body.size)
-        async with contextlib.aclosing(_ahead(supply.body)) as pieces:
-            async for data in pieces:
-                await self._work(self._absorb, supply.verifier, data)
-                await self._room()
-        if self.size is not None and self._incoming.size != self.size:
-            raise SizeMismatchError(f"{self._incoming.size} bytes arrived instead of {self.size}")
-        await self._work(supply.verifier.finish)
+        """Take attempts until one is what was promised; as long as nobody has got any of it."""
+        while True:
+            try:
+                await self._attempt(supply)
+            except TrustError as error:
+                if not await supply.reject(error):
+                    raise
+                self._report(error)
+                await self._work(self._incoming.start_over)
+            else:
+                break
+        self.upstream = supply.upstream
         self.size = self._incoming.size
         self._verified = True
         self._wake()
+
+    async def _attempt(self, supply: Supply) -> None:
+        self.upstream = supply.upstream
+        self.size = _agreed_size(supply.promise.size, supply.size)
+        verifier = supply.promise.verifier()
+        async with contextlib.aclosing(_ahead(supply)) as pieces:
+            async for data in pieces:
+                if data is None:
+                    await self._work(self._incoming.start_over)
+                    self.size = _agreed_size(supply.promise.size, supply.size)
+                    verifier = supply.promise.verifier()
+                else:
+                    await self._work(self._absorb, verifier, data)
+                    await self._room()
+        if self.size is not None and self._incoming.size != self.size:
+            raise SizeMismatchError(f"{self._incoming.size} bytes arrived instead of {self.size}")
+        await self._work(verifier.finish)
 
     def _absorb(self, verifier: Verifier, data: bytes) -> None:
         """Write, let the readers have it, and only then spend time on verifying. On a worker thread."""
@@ -277,8 +256,11 @@ class Fetch:
     def _fail(self, error: ProxyError) -> None:
         self.error = error
         if isinstance(error, TrustError):
-            self._observer(Rejected(self.upstream, self.what, error.kind, str(error)))
+            self._report(error)
         self._wake()
+
+    def _report(self, error: TrustError) -> None:
+        self._observer(Rejected(self.upstream, self.what, error.kind, str(error)))
 
     def _wake(self) -> None:
         self._changed.set()
@@ -348,13 +330,17 @@ def _agreed_size(expected: int | None, announced: int | None) -> int | None:
     raise SizeMismatchError(f"the upstream announces {announced} bytes, the narinfo {expected}")
 
 
-async def _ahead(body: Body) -> AsyncGenerator[bytes, None]:
-    """Iterate over a body, reading the next piece while the last one is being worked on."""
-    following = asyncio.ensure_future(body.read())
+async def _ahead(supply: Supply) -> AsyncGenerator[bytes | None, None]:
+    """Iterate over what comes, reading the next piece while the last one is being worked on."""
+    following = asyncio.ensure_future(supply.read())
     try:
-        while data := await following:
-            following = asyncio.ensure_future(body.read())
+        while (data := await following) != b"":
+            following = asyncio.ensure_future(supply.read())
             yield data
     finally:
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
+
+
+OpenSupply = Callable[[Fetch], AbstractAsyncContextManager[Supply]]
+"""Finds out where a file is, and connects."""

@@ -6,7 +6,7 @@ and disks lie. One that does not verify any more is reported, and is then as goo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from proxy.errors import DamagedError, NotFoundError, ParseError, StoreError, TrustError
@@ -106,13 +106,17 @@ class KnownPaths:
             self._hot.put(hash_part, known)
         return known
 
-    def elsewhere(self, name: NarName) -> KnownPath | None:
-        """Return what leads to this NAR at an upstream."""
-        for look in (self._hot.get, self._remembered):
-            known = look(name.hash_part)
-            if known and known.upstream and known.info.nar_name == name:
-                return known
-        return None
+    def elsewhere(self, name: NarName) -> Iterator[KnownPath]:
+        """Yield what leads to this NAR at upstreams, what was heard last first."""
+        hot = self._hot.get(name.hash_part)
+        heard = None if hot is None else hot.upstream
+        if hot is not None and heard is not None and hot.info.nar_name == name:
+            yield hot
+        for source in self._failover.sources:
+            if source.upstream is not heard:
+                known = self._remembered_of(source, name.hash_part)
+                if known is not None and known.info.nar_name == name:
+                    yield known
 
     def etag(self, name: NarName) -> str:
         """Make an ETag from the content: the same while a NAR arrives, when it is here, for ever."""

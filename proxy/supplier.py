@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TypeVar
 
@@ -17,22 +17,23 @@ from proxy.errors import (
     DamagedError,
     NotFoundError,
     StoreError,
-    TrustError,
     UpstreamDeniedError,
     UpstreamError,
     UpstreamProtocolError,
 )
 from proxy.events import NotDecoded, Observer, StoreFailed
 from proxy.failover import Failover
-from proxy.fetch import Body, Supply, Unverified
 from proxy.known import KnownPath, KnownPaths
+from proxy.nix.hashes import Hash
 from proxy.nix.nar import NarVerifier
 from proxy.nix.nar_name import NarName
+from proxy.nix.narinfo import VerifiedNarInfo
 from proxy.nix.store_path import HashPart
 from proxy.store.files import OpenFile, Partial, closed_on_failure
 from proxy.store.folder import Store
+from proxy.supply import OneAnswer, Promise, Supply, Unverified
+from proxy.transfer import Place, Readers, Transfer
 from proxy.upstream.answer import Body as UpstreamBody
-from proxy.upstream.breaker import Ticket
 
 T = TypeVar("T")
 
@@ -67,27 +68,49 @@ class Supplier:
         return self._known.learn(offer)
 
     @contextlib.asynccontextmanager
-    async def nar(self, name: NarName) -> AsyncIterator[Supply]:
+    async def nar(self, name: NarName, readers: Readers) -> AsyncIterator[Supply]:
         """Find out where a NAR is, and connect.
 
         Raises:
             NotFoundError: No upstream has this path with these contents.
             UpstreamError: Nobody has it, as far as could be found out.
         """
-        async with AsyncExitStack() as stack:
-            known, ticket, body = await self._at_its_place(
-                name,
-                lambda known: stack.enter_async_context(known.source.nar(known.info.url)),
-            )
-            try:
-                yield self._verified_supply(name, known, body)
-            except (TrustError, UpstreamError) as error:
-                self._failover.ended(known.source, ticket, error)
-                if isinstance(error, TrustError):
-                    self._known.forget(known)
-                raise
-            else:
-                self._failover.ended(known.source, ticket, None)
+
+        async def find(without: Collection[str], file_hash: Hash | None) -> Place:
+            return await self._place(name, without, file_hash)
+
+        transfer = Transfer(str(name), find, self._failover.asker, readers)
+        verified = False
+        try:
+            await transfer.start()
+            yield transfer
+            verified = True
+        finally:
+            await transfer.close(verified=verified)
+
+    async def _place(
+        self, name: NarName, without: Collection[str], file_hash: Hash | None
+    ) -> Place:
+        """Find out where an upstream has a NAR: from what is remembered, else by asking."""
+
+        def fits(info: VerifiedNarInfo) -> bool:
+            return info.nar_name == name and file_hash in (None, info.file_hash)
+
+        for known in self._known.elsewhere(name):
+            if known.origin not in without and fits(known.info):
+                return self._at(name, known, fresh=False)
+        offer = await self._failover.narinfo(name.hash_part, fits, without)
+        return self._at(name, self._known.learn(offer), fresh=True)
+
+    def _at(self, name: NarName, known: KnownPath, *, fresh: bool) -> Place:
+        return Place(
+            upstream=known.source,
+            url=known.info.url,
+            file_hash=known.info.file_hash,
+            promise=self._promise(name, known),
+            fresh=fresh,
+            forget=lambda: self._known.forget(known),
+        )
 
     async def announced_size(self, name: NarName) -> tuple[KnownPath, int | None]:
         """Ask an upstream how many bytes a NAR has; None when nobody says.
@@ -105,50 +128,47 @@ class Supplier:
                     raise
                 return known.info.file_size  # an object store's signed URL may be for GET alone
 
-        known, _, size = await self._at_its_place(name, ask)
-        return known, size
-
-    async def _at_its_place(
-        self, name: NarName, ask: Callable[[KnownPath], Awaitable[T]]
-    ) -> tuple[KnownPath, Ticket, T]:
-        """Ask where a NAR is said to be; if it has been moved since that was said, ask where to."""
-        known = self._known.elsewhere(name)
-        if known is not None:
+        for known in self._known.elsewhere(name):
             try:
-                return await self._ask_one(name, known, ask)
+                return known, await self._ask_one(name, known, ask)
             except (NotFoundError, UpstreamDeniedError):
-                self._known.forget(known)
+                self._known.forget(known)  # it has been moved since that was said
+            except UpstreamError:
+                continue
         known = await self.look_up(name.hash_part, name)
         try:
-            return await self._ask_one(name, known, ask)
+            return known, await self._ask_one(name, known, ask)
         except (NotFoundError, UpstreamDeniedError):
             self._known.forget(known)  # a narinfo without its NAR is of no use to anybody
             raise
 
     async def _ask_one(
         self, name: NarName, known: KnownPath, ask: Callable[[KnownPath], Awaitable[T]]
-    ) -> tuple[KnownPath, Ticket, T]:
-        async with self._failover.asking(known.source, Question("nar", str(name))) as ticket:
-            return known, ticket, await ask(known)
+    ) -> T:
+        async with self._failover.asker.asking(known.source, Question("nar", str(name))):
+            return await ask(known)
 
-    def _verified_supply(self, name: NarName, known: KnownPath, body: Body) -> Supply:
+    def _promise(self, name: NarName, known: KnownPath) -> Promise:
         info = known.info
-        verifier = NarVerifier(
-            compression=info.compression,
-            nar_hash=info.nar_hash,
-            nar_size=info.nar_size,
-            file_hash=info.file_hash,
-            file_size=info.file_size,
-        )
-        if not verifier.decoded:
-            self._observer(NotDecoded(str(name), info.compression))
+
+        def verifier() -> NarVerifier:
+            made = NarVerifier(
+                compression=info.compression,
+                nar_hash=info.nar_hash,
+                nar_size=info.nar_size,
+                file_hash=info.file_hash,
+                file_size=info.file_size,
+            )
+            if not made.decoded:
+                self._observer(NotDecoded(str(name), info.compression))
+            return made
 
         async def publish(partial: Partial) -> None:
             with self._reported(str(name)):
                 await self._store.publish_nar(name, partial, known.body, origin=known.origin)
                 known.kept = True
 
-        return Supply(known.origin, body, verifier, info.file_size, publish)
+        return Promise(verifier, info.file_size, publish)
 
     @contextlib.asynccontextmanager
     async def foreign_nar(self, reference: str) -> AsyncIterator[Supply]:
@@ -158,7 +178,7 @@ class Supplier:
         )
         stack, body = offer.value
         async with stack:
-            yield Supply(offer.upstream.name, body, Unverified(), None, None)
+            yield OneAnswer(offer.upstream.name, body, Promise(Unverified, None, None))
 
     async def publish_narinfo(self, name: NarName, known: KnownPath) -> None:
         """Publish the narinfo of a NAR that is in the store; a failure is reported, not raised."""

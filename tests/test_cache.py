@@ -342,8 +342,11 @@ async def test_strictness_tells_absence_from_ignorance(sim: StartSimulator, tmp_
         assert (await proxy.get(ABSENT))[0] == 404
         cache.fault(ENTRY.narinfo_path, Status(503), times=1)
         assert (await proxy.get(ENTRY.narinfo_path))[0] == 502
-        cache.fault(ENTRY.nar_path, Status(503), times=1)
+        assert (await proxy.get(ENTRY.narinfo_path))[0] == 200
+        failing = cache.fault(ENTRY.nar_path, Status(503))
         assert (await proxy.pull(URL)).status == 502
+        failing.lift()
+        proxy.clock.now += 3_600
         assert (await proxy.pull(URL)).body == FILE
 
 

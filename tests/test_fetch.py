@@ -25,11 +25,12 @@ from proxy.errors import (
     UpstreamUnavailableError,
 )
 from proxy.events import Event, FetchEnded, FetchStarted, Rejected
-from proxy.fetch import HELD_BACK, Fetch, Supply, Unverified, Verifier
+from proxy.fetch import HELD_BACK, Fetch
 from proxy.nix.hashes import Hash
 from proxy.nix.nar import NarVerifier
 from proxy.store.files import Partial
 from proxy.store.incoming import Incoming
+from proxy.supply import OneAnswer, Promise, Supply, Unverified, Verifier
 
 E = TypeVar("E", bound=Event)
 
@@ -169,7 +170,8 @@ class Bench:
         @asynccontextmanager
         async def supply() -> AsyncIterator[Supply]:
             async with body.open():
-                yield Supply("up", body, verifier or Unverified(), expected_size, publish)
+                promise = Promise(lambda: verifier or Unverified(), expected_size, publish)
+                yield OneAnswer("up", body, promise)
 
         return self.fetch_from(supply)
 
@@ -178,7 +180,7 @@ class Bench:
         self.path = path = self._folder / next(self._names)
         return Fetch(
             "thing",
-            open_supply=supply,
+            open_supply=lambda _fetch: supply(),
             incoming=Incoming(lambda: Partial(path), lambda _error: None),
             executor=self._executor,
             observer=self.events.append,

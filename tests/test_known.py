@@ -96,7 +96,7 @@ async def knowledge(tmp_path: Path) -> AsyncIterator[Knowledge]:
 async def test_nothing_is_known_of_a_new_path(knowledge: Knowledge) -> None:
     """Of a path that nobody spoke about nothing is known, and that is no event."""
     assert knowledge.known.get(HASH_PART) is None
-    assert knowledge.known.elsewhere(NAME) is None
+    assert not list(knowledge.known.elsewhere(NAME))
     assert knowledge.known.etag(NAME) == f'"{NAME}"'
     assert knowledge.events == []
 
@@ -105,7 +105,7 @@ async def test_what_was_learnt_is_known(knowledge: Knowledge) -> None:
     """What an upstream said is known at once, and clients get it with our own URL."""
     learnt = knowledge.known.learn(knowledge.offer(0))
     assert knowledge.known.get(HASH_PART) is learnt
-    assert knowledge.known.elsewhere(NAME) is learnt
+    assert list(knowledge.known.elsewhere(NAME)) == [learnt]
     assert learnt.source is knowledge.upstreams[0]
     assert learnt.origin == "up0"
     assert learnt.info.url == ENTRY.nar_path.lstrip("/")
@@ -118,7 +118,7 @@ async def test_what_was_learnt_survives_a_restart(knowledge: Knowledge) -> None:
     """What an upstream said is remembered in its own words, with the URL that leads to the NAR."""
     learnt = knowledge.known.learn(knowledge.offer(1))
     assert knowledge.remembered("up1") == ENTRY.narinfo(KEY)
-    for known in (knowledge.afresh().get(HASH_PART), knowledge.afresh().elsewhere(NAME)):
+    for known in (knowledge.afresh().get(HASH_PART), next(knowledge.afresh().elsewhere(NAME))):
         assert known == learnt
 
 
@@ -140,7 +140,7 @@ async def test_what_is_stored_is_known(knowledge: Knowledge) -> None:
     assert (known.upstream, known.origin) == (None, "")
     with pytest.raises(NotFoundError, match=ENTRY.name):
         _ = known.source
-    assert knowledge.known.elsewhere(NAME) is None
+    assert not list(knowledge.known.elsewhere(NAME))
 
 
 async def test_where_a_stored_path_came_from_may_be_remembered(knowledge: Knowledge) -> None:
@@ -148,8 +148,7 @@ async def test_where_a_stored_path_came_from_may_be_remembered(knowledge: Knowle
     await knowledge.publish()
     knowledge.store.remember_narinfo("up1", HASH_PART, ENTRY.narinfo(KEY))
     assert knowledge.known.get(HASH_PART) is not None
-    known = knowledge.known.elsewhere(NAME)
-    assert known is not None
+    (known,) = knowledge.known.elsewhere(NAME)
     assert known.source is knowledge.upstreams[1]
 
 
@@ -164,8 +163,8 @@ async def test_where_a_stored_path_came_from_may_be_remembered(knowledge: Knowle
 async def test_another_nar_of_the_path_is_not_it(knowledge: Knowledge, other: StoreEntry) -> None:
     """What is known of a path leads only to the NAR that it names, and gives only that its ETag."""
     learnt = knowledge.known.learn(knowledge.offer(0, other))
-    assert knowledge.known.elsewhere(NAME) is None
-    assert knowledge.known.elsewhere(learnt.info.nar_name) is learnt
+    assert not list(knowledge.known.elsewhere(NAME))
+    assert list(knowledge.known.elsewhere(learnt.info.nar_name)) == [learnt]
     assert knowledge.known.etag(NAME) == f'"{NAME}"'
     assert knowledge.known.etag(learnt.info.nar_name) == f'"{other.file_hash}"'
 
@@ -299,7 +298,7 @@ async def test_an_upstream_that_was_dropped_is_not_believed_any_more(knowledge: 
     knowledge.known.learn(knowledge.offer(0))
     knowledge.known.use(knowledge.trusting(KEY, upstreams=knowledge.upstreams[1:]))
     assert knowledge.known.get(HASH_PART) is None
-    assert knowledge.known.elsewhere(NAME) is None
+    assert not list(knowledge.known.elsewhere(NAME))
 
 
 async def test_an_answer_that_comes_after_a_change(knowledge: Knowledge) -> None:

@@ -176,6 +176,15 @@ class Partial:
                 view = view[os.write(self._fd, view) :]
         self.size += len(data)
 
+    def read(self, position: int, count: int) -> bytes:
+        """Return some of what was written; less at the end.
+
+        Raises:
+            StoreError: The disk failed.
+        """
+        with disk("cannot read"):
+            return os.pread(self._fd, count, position)
+
     def flush(self) -> None:
         """Wait until everything written is on the disk.
 

@@ -113,6 +113,25 @@ class Incoming:
             self._append_to_memory(data)
         self.size += len(data)
 
+    def start_over(self) -> None:
+        """Forget what has arrived, of which nobody has read anything; what follows goes into a new file."""
+        if self._partial is not None:
+            self._partial.discard()
+            self._partial = None
+        with self._lock:
+            for segment in self._segments:
+                os.close(segment.fd)
+            self._segments = ()
+        self._begin = self.size = 0
+
+    def read_back(self, position: int, count: int) -> bytes:
+        """Return some of what is on the disk; less where it is not.
+
+        Raises:
+            StoreError: The disk failed.
+        """
+        return b"" if self._partial is None else self._partial.read(position, count)
+
     def cursor(self) -> Cursor:
         """Make a reader, which whoever asked for it closes.
 

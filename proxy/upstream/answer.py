@@ -19,6 +19,7 @@ from proxy.errors import (
     UpstreamUnavailableError,
 )
 from proxy.nix.decoders import decoder
+from proxy.upstream.resume import beginning
 
 MAX_FILE = 256 * 2**20
 """Bytes of a decoded log, listing, …: nobody reads more, and a small body could unpack to anything."""
@@ -35,14 +36,21 @@ class Body:
 
     Args:
         upstream: The upstream's name, for errors.
-        response: The answer, whose status is 200.
+        response: The answer, whose status is 200 or 206.
+
+    Raises:
+        UpstreamProtocolError: It is a part, and does not say which.
     """
 
     def __init__(self, upstream: str, response: aiohttp.ClientResponse) -> None:
         self._upstream = upstream
         self._response = response
-        self.size = response.content_length
-        """Bytes that the upstream announced, or None."""
+        try:
+            self.begins = beginning(response.status, response.headers, response.content_length)
+        except ValueError as error:
+            raise UpstreamProtocolError(upstream, str(error)) from error
+        self.size = self.begins.size
+        """Bytes of the whole that the upstream announced, or None."""
 
     async def read(self) -> bytes:
         """Return what has arrived, at most some 512 KiB; ``b""`` at the end of a complete body.

@@ -19,7 +19,7 @@ import re
 import ssl
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import aiohttp
@@ -58,6 +58,7 @@ SLOT_TIMEOUT = 240.0
 """Seconds to wait for a connection; Nix gives up a download after 300 s without a byte."""
 
 _OK = 200
+_PARTIAL = 206
 _SERVER_ERRORS = 500
 _ABSENT = {404, 410}
 _DENIED = {401, 403, 407}
@@ -152,14 +153,21 @@ class Upstream:
             yield Body(self.name, response)
 
     @contextlib.asynccontextmanager
-    async def nar(self, reference: str) -> AsyncIterator[Body]:
+    async def nar(
+        self, reference: str, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Body]:
         """Open a NAR by the URL of its narinfo: relative to the upstream, or absolute.
+
+        Args:
+            reference: The URL.
+            headers: Those of `proxy.upstream.resume.headers`, to get the rest of it.
 
         Raises:
             NotFoundError: It is not there.
             UpstreamError: Anything else went wrong; also while the body is read.
         """
-        async with self._nar_slot(), self._request("GET", self.resolve(reference), {}) as response:
+        url = self.resolve(reference)
+        async with self._nar_slot(), self._request("GET", url, dict(headers or {})) as response:
             self._refuse_page(response)
             self._refuse_coding(response)
             yield Body(self.name, response)
@@ -201,16 +209,17 @@ class Upstream:
     async def _request(
         self, method: str, url: str, headers: dict[str, str]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send a request, follow redirects, and yield the answer when its status is 200."""
+        """Send a request, follow redirects, and yield the answer: a 200, or a 206 to a Range."""
         for _ in range(MAX_REDIRECTS + 1):
             with translated(self.name):
                 async with asyncio.timeout(self._header_timeout):
                     response = await self._send(method, url, headers)
             try:
-                if response.status != _OK:
+                if response.status not in (_OK, _PARTIAL):
                     await drain(response)
                 if response.status not in _REDIRECTS:
-                    self._check_status(response)
+                    if response.status != _PARTIAL or "Range" not in headers:
+                        self._check_status(response)
                     yield response
                     return
                 url = self._step(url, response.headers.get("Location", ""))

@@ -1,0 +1,102 @@
+"""What a fetch takes: bytes from somewhere, and what they have to be."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from proxy.errors import TrustError
+from proxy.store.files import Partial
+
+
+class Body(Protocol):
+    """What arrives from an upstream: `proxy.upstream.answer.Body`."""
+
+    size: int | None
+
+    async def read(self) -> bytes:
+        """Return the next bytes, or ``b""`` at the end of a complete body."""
+
+
+class Verifier(Protocol):
+    """What judges the bytes: `proxy.nix.nar.NarVerifier`."""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes; raise `TrustError` as soon as they cannot be right."""
+
+    def finish(self) -> None:
+        """Judge the whole; raise `TrustError`."""
+
+
+class Unverified:
+    """Judges nothing: for bytes that are passed on and not kept."""
+
+    def feed(self, data: bytes) -> None:
+        """Take any bytes."""
+
+    def finish(self) -> None:
+        """Take any end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a file has to be, and what is to become of it.
+
+    Attributes:
+        verifier: Makes what judges it, on a worker thread.
+        size: Bytes it must have, when that is known beforehand.
+        publish: Takes over the verified partial file; None for a file that nobody keeps.
+    """
+
+    verifier: Callable[[], Verifier]
+    size: int | None
+    publish: Callable[[Partial], Awaitable[None]] | None
+
+
+class Supply(Protocol):
+    """Where the bytes come from: `proxy.transfer.Transfer`."""
+
+    size: int | None
+    """Bytes that were announced, or None."""
+
+    @property
+    def upstream(self) -> str:
+        """The upstream's name."""
+        ...
+
+    @property
+    def promise(self) -> Promise:
+        """What the file has to be."""
+        ...
+
+    async def read(self) -> bytes | None:
+        """Return the next bytes, ``b""`` at the end, None when what came so far is void."""
+
+    async def reject(self, error: TrustError) -> bool:
+        """Start over, because of what is wrong with the bytes; return False where that is impossible."""
+        ...
+
+
+class OneAnswer:
+    """A supply of one body that comes whole or not at all.
+
+    Args:
+        upstream: The upstream's name.
+        body: What arrives.
+        promise: What it has to be.
+    """
+
+    def __init__(self, upstream: str, body: Body, promise: Promise) -> None:
+        self.upstream = upstream
+        self.promise = promise
+        self.size = body.size
+        self._body = body
+
+    async def read(self) -> bytes | None:
+        """Return the next bytes, or ``b""`` at the end."""
+        return await self._body.read()
+
+    async def reject(self, _error: TrustError) -> bool:
+        """There is no other."""
+        return False
