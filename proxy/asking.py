@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from proxy.errors import (
     NotFoundError,
+    OfflineError,
     ProxyError,
     UpstreamBusyError,
     UpstreamDeniedError,
@@ -66,6 +67,8 @@ class Asker:
         self._observer = observer
         self._patience = patience
         self._clock = clock
+        self.offline = False
+        """Ask nobody anything."""
         self._probes: dict[Breaker, asyncio.Event] = {}
 
     @contextlib.asynccontextmanager
@@ -76,7 +79,9 @@ class Asker:
 
         Raises:
             UpstreamSkippedError: The upstream is left alone.
+            OfflineError: All are.
         """
+        self.refuse_offline(question.what)
         ticket = await self._ticket(upstream)
         question.probe = ticket.probe
         outcome, reason = "cancelled", ""
@@ -120,6 +125,11 @@ class Asker:
             self._observer(
                 UpstreamAnswered(upstream.name, question.asked, question.what, outcome, reason)
             )
+
+    def refuse_offline(self, what: str) -> None:
+        """Raise `OfflineError` where nobody may be asked for anything."""
+        if self.offline:
+            raise OfflineError(f"{what} is not here, and no upstream may be asked")
 
     def ended(self, upstream: Upstream, ticket: Ticket, error: ProxyError | None) -> None:
         """Say how the body of a NAR ended: whole and verified, or with an error."""

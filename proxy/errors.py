@@ -16,6 +16,7 @@ Rules:
     ├─ RequestError            the client asked for something that cannot exist
     │  └─ RangeError           … or for bytes that the file does not have
     ├─ NotFoundError           nobody has it
+    ├─ OfflineError            nobody was asked, because nobody may be
     ├─ TrustError              it was there, and it is not what was signed
     │  ├─ SignatureError       no valid signature of a trusted key
     │  ├─ WrongPathError       the narinfo is for another store path
@@ -91,6 +92,10 @@ class RangeError(RequestError):
 
 class NotFoundError(ProxyError, LookupError):
     """Everybody who could have it was asked, and nobody has it."""
+
+
+class OfflineError(ProxyError):
+    """It is not here, and the operator wants no upstream to be asked."""
 
 
 class TrustError(ProxyError):

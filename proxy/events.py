@@ -13,6 +13,9 @@ from typing import Final, Literal
 Asked = Literal["narinfo", "nar", "file"]
 """What was asked of an upstream; ``file`` is everything that is neither narinfo nor NAR."""
 
+Mode = Literal["auto", "offline", "strict"]
+"""How upstreams are treated: asked; not asked at all; asked, and what they do wrong is told to clients."""
+
 Result = Literal["HIT", "MISS", "COALESCED", "PREFETCHED"]
 """Where an answer came from, as ``X-Cache`` says it."""
 
@@ -51,6 +54,13 @@ class BreakerClosed:
     """An upstream that was left alone answers again."""
 
     upstream: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModeChanged:
+    """Upstreams are treated otherwise from now on."""
+
+    mode: Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +224,7 @@ Event = (
     UpstreamAnswered
     | BreakerOpened
     | BreakerClosed
+    | ModeChanged
     | Rejected
     | NotDecoded
     | FetchStarted

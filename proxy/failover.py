@@ -35,6 +35,7 @@ from proxy.nix.narinfo import VerifiedNarInfo
 from proxy.nix.signature import Keyring
 from proxy.nix.store_path import HashPart
 from proxy.nix.trust import Trust
+from proxy.upstream.names import NameFilter
 from proxy.upstream.remote import Upstream
 
 T = TypeVar("T")
@@ -44,6 +45,8 @@ GRACE = 0.25
 
 
 NOBODY = Keyring(())
+
+EVERY_NAME = NameFilter()
 
 
 class State(enum.Enum):
@@ -87,11 +90,13 @@ def choose(states: Sequence[State], *, patient: bool) -> int | Verdict:
 class Source:
     """An upstream and what it is trusted with.
 
-    ``keyring`` is None for an upstream that is believed without signatures.
+    ``keyring`` is None for an upstream that is believed without signatures; ``names`` are those of the paths
+    that it is asked for.
     """
 
     upstream: Upstream
     keyring: Keyring | None
+    names: NameFilter = EVERY_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +152,17 @@ class Failover:
         for source in self.sources:
             await source.upstream.close()
 
+    @property
+    def filters(self) -> bool:
+        """Whether some upstream is used for paths of some names only."""
+        return not all(source.names.is_open for source in self.sources)
+
     async def narinfo(
         self,
         hash_part: HashPart,
         accept: Callable[[VerifiedNarInfo], bool] = lambda _info: True,
         without: Collection[str] = (),
+        name: str | None = None,
     ) -> Offer[Narinfo]:
         """Ask for a narinfo; only one that verifies, and that ``accept`` takes, counts as an answer.
 
@@ -159,6 +170,7 @@ class Failover:
             hash_part: Of the path.
             accept: What is asked for.
             without: Names of upstreams that are not asked.
+            name: Of the path, where it is known; upstreams that are not used for it are not asked.
 
         Raises:
             NotFoundError: All upstreams said that they do not have it.
@@ -172,11 +184,17 @@ class Failover:
                 raise UnverifiableError(
                     f"nothing reads {info.compression}, and no FileHash is given"
                 )
+            if not source.names.passes(verified.store_path.name):
+                raise NotFoundError(f"{source.upstream.name} is not used for paths of this name")
             if not accept(verified):
                 raise NotFoundError(f"{source.upstream.name} has other contents under this path")
             return Narinfo(verified, text)
 
-        sources = [source for source in self.sources if source.upstream.name not in without]
+        sources = [
+            source
+            for source in self.sources
+            if source.upstream.name not in without and (name is None or source.names.passes(name))
+        ]
         return await self.first(ask, "narinfo", f"{hash_part}.narinfo", sources=sources)
 
     async def first(
@@ -201,6 +219,7 @@ class Failover:
             NotFoundError: All upstreams said that they do not have it.
             UpstreamError: Nobody has it, but not everybody could be asked, or somebody lied.
         """
+        self.asker.refuse_offline(what)
         made_up = asked != "narinfo"  # what else is asked of all has its URL from a client
         sources = self.sources if sources is None else sources
         questions = [Question(asked, what, made_up=made_up) for _ in sources]

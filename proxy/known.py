@@ -23,6 +23,9 @@ from proxy.upstream.remote import Upstream
 HOT_BYTES = 32 * 2**20
 """Bytes of verified narinfos in memory, parsed and rendered: some 8,000 of them."""
 
+NAMES = 100_000
+"""Names of paths that are remembered from References, of about 150 bytes each."""
+
 PARSED = 4
 """Times that a narinfo takes its own size: as text, as fields, as values, as an answer."""
 
@@ -88,6 +91,7 @@ class KnownPaths:
         self._on_learnt = on_learnt
         self.damages = 0
         """How often something damaged was taken out of the store."""
+        self._names: Recent[HashPart, str] = Recent(NAMES)
         self._hot: Recent[HashPart, KnownPath] = Recent(
             HOT_BYTES, weigh=lambda known: PARSED * len(known.body)
         )
@@ -98,6 +102,10 @@ class KnownPaths:
         """Trust the keys of other upstreams from now on."""
         self._failover = failover
         self._hot.clear()
+
+    def name_of(self, hash_part: HashPart) -> str | None:
+        """Return the name of a path that something else refers to, where names matter."""
+        return self._names.get(hash_part)
 
     def get(self, hash_part: HashPart) -> KnownPath | None:
         """Return what is known of a path, wherever it is known from."""
@@ -135,6 +143,9 @@ class KnownPaths:
         known = _from_upstream(offer.value.info, offer.upstream)
         hash_part = known.info.store_path.hash_part
         self._store.remember_narinfo(offer.upstream.name, hash_part, offer.value.text)
+        if self._failover.filters:
+            for reference in known.info.references:
+                self._names.put(reference.hash_part, reference.name)
         if any(source.upstream is offer.upstream for source in self._failover.sources):
             self._on_learnt(hash_part)
             self._hot.put(hash_part, known)  # else the configuration has changed meanwhile
@@ -179,6 +190,8 @@ class KnownPaths:
                 return None
             info = narinfo.parse(text)
             verified = narinfo.verify(info, hash_part=hash_part, keyring=source.keyring)
+            if not source.names.passes(verified.store_path.name):
+                return None
             return _from_upstream(verified, upstream)
 
         return self._if_sound(recall, upstream.name, hash_part)

@@ -33,6 +33,8 @@ from proxy.events import (
     FastlaneServed,
     Fault,
     FetchEnded,
+    Mode,
+    ModeChanged,
     Quarantined,
     Rejected,
     RequestServed,
@@ -73,6 +75,12 @@ class Metrics:
         )
         self._upstream_bytes = self._counter(
             "upstream_bytes", "Bytes of files fetched from upstreams.", ("upstream",)
+        )
+        self._mode = Gauge(
+            f"{PREFIX}_mode",
+            "1 for the mode that is in force.",
+            ("mode",),
+            registry=self._registry,
         )
         self._upstream_up = Gauge(
             f"{PREFIX}_upstream_up",
@@ -163,11 +171,8 @@ class Metrics:
 
     def _count_rare(self, event: Event) -> None:
         match event:
-            case BreakerOpened(upstream):
-                self._upstream_up.labels(upstream).set(0)
-                self._breaker_opened.labels(upstream).inc()
-            case BreakerClosed(upstream):
-                self._upstream_up.labels(upstream).set(1)
+            case BreakerOpened() | BreakerClosed() | ModeChanged():
+                self._count_health(event)
             case StoreFailed():
                 self._store_failures.inc()
             case Quarantined():
@@ -187,6 +192,17 @@ class Metrics:
                     self._reload_time.set_to_current_time()
             case _:
                 pass
+
+    def _count_health(self, event: BreakerOpened | BreakerClosed | ModeChanged) -> None:
+        match event:
+            case BreakerOpened(upstream):
+                self._upstream_up.labels(upstream).set(0)
+                self._breaker_opened.labels(upstream).inc()
+            case ModeChanged(mode):
+                for each in get_args(Mode):
+                    self._mode.labels(each).set(each == mode)
+            case BreakerClosed(upstream):
+                self._upstream_up.labels(upstream).set(1)
 
     def _count_request(self, event: RequestServed) -> None:
         method = event.method if event.method in METHODS else "other"

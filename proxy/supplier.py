@@ -63,7 +63,9 @@ class Supplier:
     async def look_up(self, hash_part: HashPart, name: NarName | None = None) -> KnownPath:
         """Ask the upstreams for a narinfo; one that leads to ``name``, if that is given."""
         offer = await self._failover.narinfo(
-            hash_part, lambda info: name is None or info.nar_name == name
+            hash_part,
+            lambda info: name is None or info.nar_name == name,
+            name=self._known.name_of(hash_part),
         )
         return self._known.learn(offer)
 
@@ -99,7 +101,8 @@ class Supplier:
         for known in self._known.elsewhere(name):
             if known.origin not in without and fits(known.info):
                 return self._at(name, known, fresh=False)
-        offer = await self._failover.narinfo(name.hash_part, fits, without)
+        path_name = self._known.name_of(name.hash_part)
+        offer = await self._failover.narinfo(name.hash_part, fits, without, path_name)
         return self._at(name, self._known.learn(offer), fresh=True)
 
     def _at(self, name: NarName, known: KnownPath, *, fresh: bool) -> Place:

@@ -28,6 +28,7 @@ from proxy.server.page import Facts
 from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.folder import Store
 from proxy.upstream.credentials import Credentials, anonymous
+from proxy.upstream.names import NameFilter
 from proxy.upstream.remote import Upstream
 
 E = TypeVar("E", bound=Event)
@@ -105,6 +106,7 @@ class InsideProxy:
         look_ahead: LookAhead = NO_LOOK_AHEAD,
         limits: Limits = UNLIMITED,
         max_connections: int = 32,
+        names: Sequence[NameFilter] = (),
     ) -> None:
         """Take URLs, the most preferred first; ``trust=False`` believes them unsigned."""
         self.folder = folder
@@ -121,6 +123,7 @@ class InsideProxy:
         self._look_ahead = look_ahead
         self._limits = limits
         self._max_connections = max_connections
+        self._names = names
 
     async def start(self) -> Self:
         """Open the store and serve."""
@@ -187,6 +190,7 @@ class InsideProxy:
                         credentials=self._credentials,
                     ),
                     self._keyring,
+                    self._names[number] if self._names else NameFilter(),
                 )
                 for number, url in enumerate(upstreams)
             ],

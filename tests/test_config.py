@@ -73,6 +73,8 @@ def test_defaults() -> None:
                 max_connections=32,
                 auth=None,
                 ca_file=None,
+                allow=None,
+                deny=(),
             ),
             UpstreamConfig(
                 name="nixos",
@@ -85,9 +87,13 @@ def test_defaults() -> None:
                 max_connections=32,
                 auth=None,
                 ca_file=None,
+                allow=None,
+                deny=(),
             ),
         ),
-        policy=PolicyConfig(upstream_down="not-found", negative_ttl=60.0, lookup_budget=8.0),
+        policy=PolicyConfig(
+            mode="auto", upstream_down="not-found", negative_ttl=60.0, lookup_budget=8.0
+        ),
         prefetch=PrefetchConfig(narinfos=False, nars="off", budget=64 * 2**20),
         log=LogConfig(level="info", format="auto"),
     )
@@ -104,7 +110,7 @@ def test_everything_can_be_set() -> None:
         server = {{ listen = ["0.0.0.0:80"], workers = 1, priority = 0, shutdown_timeout = 0 }}
         store = {{ path = "/srv/nix", max_size = 0, min_free = "10GB" }}
         trust.keys = ["{OFFICE_KEY}"]
-        policy = {{ upstream_down = "error", negative_ttl = "500ms", lookup_budget = 1.5 }}
+        policy = {{ mode = "offline", upstream_down = "error", negative_ttl = "500ms", lookup_budget = 1.5 }}
         prefetch = {{ narinfos = true, nars = "wanted", budget = 1024 }}
         log = {{ level = "debug", format = "json" }}
     """)
@@ -112,7 +118,7 @@ def test_everything_can_be_set() -> None:
     assert config.server == ServerConfig((TcpListen("0.0.0.0", 80),), 1, 0, 0.0)
     assert config.store == StoreConfig(Path("/srv/nix"), 0, 10 * 10**9)
     assert config.trust == TrustConfig((PublicKey.parse(OFFICE_KEY),))
-    assert config.policy == PolicyConfig("error", 0.5, 1.5)
+    assert config.policy == PolicyConfig("offline", "error", 0.5, 1.5)
     assert config.prefetch == PrefetchConfig(narinfos=True, nars="wanted", budget=1024)
     assert config.log == LogConfig("debug", "json")
 
@@ -131,6 +137,8 @@ def test_everything_of_an_upstream_can_be_set(tmp_path: Path) -> None:
         max_connections = 3
         auth.bearer = "T0ken"
         ca_file = "{ca_file}"
+        allow = ["acme-*"]
+        deny = ["*-src", "linux-?.*"]
     """)
 
     assert only == UpstreamConfig(
@@ -144,6 +152,8 @@ def test_everything_of_an_upstream_can_be_set(tmp_path: Path) -> None:
         max_connections=3,
         auth=BearerAuth(Secret("T0ken")),
         ca_file=ca_file,
+        allow=("acme-*",),
+        deny=("*-src", "linux-?.*"),
     )
 
 

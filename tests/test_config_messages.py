@@ -100,12 +100,32 @@ WRONG_TYPE = [
     ),
     (f"{A}keys = 'k'", "4: upstream[0].keys: expected an array, not a string"),
 ]
+WRONG_GLOBS = [
+    (
+        f"{A}allow = []",
+        "4: upstream[0].allow: allows nothing; without this key every name is allowed",
+    ),
+    (f'{A}deny = ["a", ""]', "4: upstream[0].deny[1]: is empty: no store path has such a name"),
+    (
+        f'{A}deny = ["/nix/store/*"]',
+        (
+            "4: upstream[0].deny[0]: matches no store path: a name, as in "
+            '"hello-2.12", has only letters, digits and "+-._?="'
+        ),
+    ),
+    (f'{A}allow = ["a-[bc"]', '4: upstream[0].allow[0]: has a "[" without "]"'),
+    (f'{A}allow = "a"', "4: upstream[0].allow: expected an array, not a string"),
+]
 NO_ALTERNATIVE = [
     (
         '[log]\nlevel = "dbug"',
         '2: log.level: "dbug" is not "debug", "info", "warning" or "error"; did you mean "debug"?',
     ),
     ('[log]\nformat = "xml"', '2: log.format: "xml" is not "auto", "console" or "json"'),
+    (
+        '[policy]\nmode = "ofline"',
+        ('2: policy.mode: "ofline" is not "auto", "offline" or "strict"; did you mean "offline"?'),
+    ),
     (
         '[policy]\nupstream_down = "notfound"',
         (
@@ -349,6 +369,7 @@ def _in(table: str, rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
                 *MISSING,
                 *WRONG_TYPE,
                 *NO_ALTERNATIVE,
+                *WRONG_GLOBS,
                 *WRONG_NUMBER,
                 *WRONG_QUANTITY,
                 *_in("[server]", WRONG_ADDRESS),

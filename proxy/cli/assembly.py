@@ -25,6 +25,7 @@ from proxy.nix.signature import Keyring, PublicKey
 from proxy.nix.trust import Trust
 from proxy.prefetch import LookAhead
 from proxy.upstream.credentials import Credentials, anonymous, basic, bearer, from_netrc
+from proxy.upstream.names import NameFilter
 from proxy.upstream.remote import Upstream
 
 
@@ -47,12 +48,14 @@ async def failover(config: Config, observer: Observer) -> Failover:
         for source in sources:
             await source.upstream.close()
         raise
-    return Failover(
+    made = Failover(
         sources,
         budget=config.policy.lookup_budget,
         observer=observer,
         keyring=Keyring(config.trust.keys),
     )
+    made.asker.offline = config.policy.mode == "offline"
+    return made
 
 
 def trusted_keys(config: Config) -> list[tuple[PublicKey, ...] | None]:
@@ -98,7 +101,8 @@ async def _source(config: UpstreamConfig, trust: TrustConfig) -> Source:
     except (OSError, ValueError) as error:
         raise ConfigError(str(error), key=f"upstream {config.name}") from error
     keys = config.trusted_keys(trust)
-    return Source(upstream, None if keys is None else Keyring(keys))
+    names = NameFilter(config.allow, config.deny)
+    return Source(upstream, None if keys is None else Keyring(keys), names)
 
 
 async def _credentials(auth: Auth | None) -> Credentials:

@@ -8,6 +8,7 @@ import resource
 import signal
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 from proxy import __version__
@@ -18,7 +19,7 @@ from proxy.cli.logs import EventLog, log
 from proxy.cli.operations import Operations
 from proxy.config import Config, UnixListen
 from proxy.errors import ConfigError, ListenError
-from proxy.events import BreakerClosed, ConfigReloaded, Event, Fault, Observer
+from proxy.events import BreakerClosed, ConfigReloaded, Event, Fault, Mode, ModeChanged, Observer
 from proxy.failover import Failover
 from proxy.metrics import Metrics
 from proxy.prefetch import Prefetch
@@ -76,6 +77,7 @@ class Daemon:
                     store=str(store.layout.root),
                 )
                 systemd.notify("READY=1")
+                self._observe(ModeChanged(self._config.policy.mode))
                 await self._obey(front, core)
 
     def _observe(self, event: Event) -> None:
@@ -210,10 +212,19 @@ class Daemon:
         core.cache.use(failover, negative_ttl=config.policy.negative_ttl)
         core.prefetch.configure(assembly.look_ahead(config))
         await front.use(config)
+        self._observe(ModeChanged(config.policy.mode))
         retiring = asyncio.create_task(_retire(retired, core.cache))
         self._retiring.add(retiring)
         retiring.add_done_callback(self._retiring.discard)
         self._observe(ConfigReloaded(None))
+
+    async def set_mode(self, mode: Mode, front: Front) -> None:
+        """Treat upstreams otherwise, until the configuration is read again."""
+        policy = replace(self._config.policy, mode=mode)
+        self._config = replace(self._config, policy=policy)
+        self._failover.asker.offline = mode == "offline"
+        await front.use(self._config)
+        self._observe(ModeChanged(mode))
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
         """Do some work, or leave it when it is time to stop."""

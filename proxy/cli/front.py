@@ -85,7 +85,7 @@ def setup(config: Config) -> Setup:
 
 
 def _strict(config: Config) -> bool:
-    return config.policy.upstream_down == "error"
+    return config.policy.mode == "strict" or config.policy.upstream_down == "error"
 
 
 def _rules(config: Config) -> Rules:

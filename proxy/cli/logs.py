@@ -29,6 +29,8 @@ from proxy.events import (
     FetchingAhead,
     FetchStarted,
     Forgotten,
+    Mode,
+    ModeChanged,
     NotDecoded,
     Published,
     Quarantined,
@@ -129,12 +131,15 @@ class EventLog:
         self._failing: set[str] = set()
         self._left_alone: set[str] = set()
         self._keeps = True
+        self._mode: Mode = "auto"
 
     def __call__(self, event: Event) -> None:
         """Log an event."""
         match event:
             case UpstreamAnswered():
                 self._upstream_answered(event)
+            case ModeChanged(mode):
+                self._mode_changed(mode)
             case BreakerOpened() | BreakerClosed():
                 self._breaker_changed(event)
             case StoreFailed() | StoreChanged():
@@ -158,6 +163,12 @@ class EventLog:
             log.error("the store keeps nothing; clients are served uncached", reason=event.reason)
         else:
             log.info("the store keeps what is fetched again")
+
+    def _mode_changed(self, mode: Mode) -> None:
+        """Say it when it does change."""
+        if mode != self._mode:
+            log.warning("the mode has changed", mode=mode, before=self._mode)
+        self._mode = mode
 
     def _breaker_changed(self, event: BreakerOpened | BreakerClosed) -> None:
         """Say once that an upstream is left alone, and once that it is asked again."""

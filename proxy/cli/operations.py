@@ -52,6 +52,7 @@ class Operations:
             paths=self._store.totals.paths,
             size=self._store.totals.bytes,
             version=__version__,
+            mode=config.policy.mode,
         )
 
     async def metrics(self) -> tuple[bytes, str]:

@@ -16,6 +16,7 @@ from proxy.config.tables import (
     LogFormat,
     LogLevel,
     LogTable,
+    Mode,
     PolicyTable,
     PrefetchNars,
     PrefetchTable,
@@ -79,11 +80,13 @@ class PolicyConfig:
     """``[policy]``.
 
     Attributes:
+        mode: Whether upstreams are asked, and whether clients are told what these do wrong.
         upstream_down: What Nix is told when nobody has a path and somebody could not be asked.
         negative_ttl: Seconds for which "nobody has it" is remembered; 0 for not at all.
         lookup_budget: Seconds that a narinfo may take to be answered.
     """
 
+    mode: Mode
     upstream_down: UpstreamDown
     negative_ttl: float
     lookup_budget: float
@@ -167,6 +170,7 @@ def read_policy(table: PolicyTable, source: Source) -> PolicyConfig:
         ConfigError: A value is wrong.
     """
     return PolicyConfig(
+        mode=table.mode,
         upstream_down=table.upstream_down,
         negative_ttl=source.read(("policy", "negative_ttl"), parse_duration, table.negative_ttl),
         lookup_budget=source.read(("policy", "lookup_budget"), parse_timeout, table.lookup_budget),

@@ -14,6 +14,7 @@ Priority = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 """Lower is preferred. Nix reads an ``int``."""
 
 TrustMode = Literal["signed", "none"]
+Mode = Literal["auto", "offline", "strict"]
 UpstreamDown = Literal["not-found", "error"]
 PrefetchNars = Literal["off", "wanted"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -74,11 +75,14 @@ class UpstreamTable(Table, frozen=True):
     max_connections: Annotated[int, Meta(ge=2)] = 32
     auth: AuthTable | None = None
     ca_file: str | None = None
+    allow: tuple[str, ...] | None = None
+    deny: tuple[str, ...] = ()
 
 
 class PolicyTable(Table, frozen=True):
     """``[policy]``."""
 
+    mode: Mode = "auto"
     upstream_down: UpstreamDown = "not-found"
     negative_ttl: object = "60s"
     lookup_budget: object = "8s"

@@ -19,6 +19,7 @@ from proxy.config.tables import TrustMode, UpstreamTable
 from proxy.config.urls import parse_url
 from proxy.config.wording import Key, quote
 from proxy.nix.signature import PublicKey
+from proxy.upstream.names import check_glob
 
 MAX_NAME = 32
 """Characters of a name, which is a label of metrics and part of file names."""
@@ -44,6 +45,8 @@ class UpstreamConfig:
         max_connections: Connections at the same time.
         auth: How to authenticate, if at all.
         ca_file: The certificates of the authorities to trust, in PEM, instead of the system's.
+        allow: Globs over names of store paths, one of which has to match; None for all names.
+        deny: Globs, none of which may match.
     """
 
     name: str
@@ -56,6 +59,8 @@ class UpstreamConfig:
     max_connections: int
     auth: Auth | None
     ca_file: Path | None
+    allow: tuple[str, ...] | None
+    deny: tuple[str, ...]
 
     def trusted_keys(self, trust: TrustConfig) -> tuple[PublicKey, ...] | None:
         """Whose signatures count for what this upstream says; None when none is asked for."""
@@ -120,7 +125,19 @@ def _read_upstream(table: UpstreamTable, index: int, source: Source) -> Upstream
         else source.read(
             (*key, "ca_file"), partial(existing_file, environ=source.environ), table.ca_file
         ),
+        allow=None if table.allow is None else _read_allow(table.allow, (*key, "allow"), source),
+        deny=_read_globs(table.deny, (*key, "deny"), source),
     )
+
+
+def _read_allow(texts: Sequence[str], key: Key, source: Source) -> tuple[str, ...]:
+    if not texts:
+        raise source.error("allows nothing; without this key every name is allowed", key)
+    return _read_globs(texts, key, source)
+
+
+def _read_globs(texts: Sequence[str], key: Key, source: Source) -> tuple[str, ...]:
+    return tuple(source.read((*key, index), check_glob, text) for index, text in enumerate(texts))
 
 
 def _parse_name(text: str) -> str:

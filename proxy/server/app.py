@@ -44,6 +44,7 @@ STATUSES: Mapping[type[ProxyError], int] = {
     errors.RequestError: 400,
     errors.RangeError: 416,
     errors.NotFoundError: NOT_HERE,
+    errors.OfflineError: NOT_HERE,
     errors.TrustError: NOT_HERE,
     errors.SignatureError: NOT_HERE,
     errors.WrongPathError: NOT_HERE,

@@ -36,6 +36,7 @@ nix.settings.trusted-public-keys = [ {quoted_keys} ];</pre>
 <h2>State</h2>
 <table>
 <tr><th>Upstreams<td>{upstreams}
+<tr><th>Mode<td>{mode}
 <tr><th>In the store<td>{paths}, {size}
 </table>
 <p><a href="nix-cache-info">nix-cache-info</a> · <a href="metrics">metrics</a> ·
@@ -53,6 +54,7 @@ class Facts:
     paths: int
     size: int
     version: str
+    mode: str = "auto"
 
 
 def render(facts: Facts, host: str | None) -> str:
@@ -71,6 +73,7 @@ def render(facts: Facts, host: str | None) -> str:
         upstreams=html.escape(", ".join(facts.upstreams)) or "none",
         paths="1 path" if facts.paths == 1 else f"{facts.paths:,} paths",
         size=_human(facts.size),
+        mode=html.escape(facts.mode),
         version=html.escape(facts.version),
     )
 
