@@ -70,10 +70,14 @@ class Cache:
         self._failover = failover
         self._negative_ttl = negative_ttl
         self._observer = observer
-        self._clock = clock
+        self.clock = clock
         self._known = KnownPaths(store, failover, observer, on_learnt=self._is_present)
         self._supplier = Supplier(store, failover, self._known, observer)
+        self.hot_narinfo = self._known.hot
+        """Returns a path's narinfo if it is in memory; this counts as no use."""
         self._absent: Recent[str, float] = Recent(ABSENT_PATHS)
+        self.absent_until = self._absent.peek
+        """Returns until when a narinfo (``{hash part}.narinfo``) counts as absent, by the clock."""
         self._fetches: dict[str, Fetch] = {}
         self._ahead: Recent[str, int] = Recent(AHEAD)
         self._tasks = Tasks(observer)
@@ -105,9 +109,9 @@ class Cache:
         await self._tasks.close()
         await asyncio.to_thread(self._workers.shutdown)
 
-    def hot_narinfo(self, hash_part: HashPart) -> KnownPath | None:
-        """Return a path's narinfo if it is in memory."""
-        return self._known.hot(hash_part)
+    def touch_narinfo(self, hash_part: HashPart) -> None:
+        """Note that a narinfo in memory is used."""
+        self._known.touch(hash_part)
 
     def keeps_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is in the store."""
@@ -116,11 +120,11 @@ class Cache:
     def is_absent(self, key: str) -> bool:
         """Tell whether a narinfo (``{hash part}.narinfo``) or another file is known to be absent."""
         expires = self._absent.get(key)
-        return expires is not None and self._clock() < expires
+        return expires is not None and self.clock() < expires
 
     def absent_for(self, key: str) -> float:
         """Return the seconds for which an absence is still remembered; 0 if it is not."""
-        return max(0.0, (self._absent.get(key) or 0.0) - self._clock())
+        return max(0.0, (self._absent.get(key) or 0.0) - self.clock())
 
     @property
     def room(self) -> int:
@@ -306,8 +310,8 @@ class Cache:
         known = self._known.get(name.hash_part)
         if known is None:
             return ""
-        withheld = known.upstream is not None and not known.kept
-        if withheld and known.info.nar_name == name:
+        kept = known.kept and self._store.has_narinfo(name.hash_part)
+        if known.upstream is not None and not kept and known.info.nar_name == name:
             self._tasks.ensure(
                 f"publish {name}", lambda: self._supplier.publish_narinfo(name, known)
             )
@@ -329,7 +333,7 @@ class Cache:
 
     def _remember_absence(self, key: str) -> None:
         if len(key) <= LONGEST_ABSENT:
-            self._absent.put(key, self._clock() + self._negative_ttl)
+            self._absent.put(key, self.clock() + self._negative_ttl)
 
     def _refuse_if_absent(self, key: str) -> None:
         if self.is_absent(key):

@@ -35,8 +35,8 @@ class KnownPath:
     """A verified narinfo, and the text that clients get of it.
 
     ``upstream`` is None, and the narinfo's URL our own, when it was read from the store. ``kept`` tells
-    that its NAR is in the store. ``answer`` is for whoever serves it, to keep there what was made of it,
-    for as long as it is known.
+    that its NAR is in the store. ``answer`` is for whoever serves it, to keep there what was made of it and
+    when, for as long as it is known.
     """
 
     info: VerifiedNarInfo
@@ -44,6 +44,7 @@ class KnownPath:
     upstream: Upstream | None
     kept: bool = False
     answer: bytes | None = None
+    answered_in: float = -1.0
 
     @property
     def origin(self) -> str:
@@ -95,13 +96,17 @@ class KnownPaths:
         self._hot: Recent[HashPart, KnownPath] = Recent(
             HOT_BYTES, weigh=lambda known: PARSED * len(known.body)
         )
-        self.hot = self._hot.get
-        """Returns what is known of a path without looking at the disk."""
+        self.hot = self._hot.peek
+        """Returns what is known of a path without looking at the disk; this counts as no use."""
 
     def use(self, failover: Failover) -> None:
         """Trust the keys of other upstreams from now on."""
         self._failover = failover
         self._hot.clear()
+
+    def touch(self, hash_part: HashPart) -> None:
+        """Note that what is in memory of a path is used."""
+        self._hot.get(hash_part)
 
     def name_of(self, hash_part: HashPart) -> str | None:
         """Return the name of a path that something else refers to, where names matter."""

@@ -34,6 +34,11 @@ class Recent(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._things)
 
+    @property
+    def peek(self) -> Callable[[K], V | None]:
+        """Returns what is kept under a key, or None; counts as no use, and costs next to nothing."""
+        return self._things.get
+
     def get(self, key: K) -> V | None:
         """Return what is kept under ``key``, which counts as a use, or None."""
         thing = self._things.get(key)

@@ -30,6 +30,7 @@ from proxy.events import (
     FastlaneClosed,
     FastlaneServed,
     FetchEnded,
+    Mode,
     Rejected,
     RequestServed,
     Result,
@@ -508,6 +509,7 @@ def test_bounded_labels(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
         "code": {"200", "206", "400", "404", "405", "414", "416"},
         "result": {*get_args(Result), ""},
         "upstream": {"up0"},
+        "mode": set(get_args(Mode)),
         "kind": {*get_args(Asked), *(failure.kind for failure in TrustError.__subclasses__())},
         "outcome": {
             *("hit", "absent", "rejected", "cancelled"),

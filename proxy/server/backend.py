@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from proxy.answers import Content
@@ -17,6 +17,9 @@ class HotNarinfo(Protocol):
 
     answer: bytes | None
     """For the server, to keep there what was made of it."""
+
+    answered_in: float
+    """For the server, too: when that was."""
 
     @property
     def body(self) -> bytes:
@@ -50,8 +53,20 @@ class Text(Protocol):
 class Cache(Protocol):
     """Where answers come from: `proxy.cache.Cache`, which says what is raised."""
 
-    def hot_narinfo(self, hash_part: HashPart) -> HotNarinfo | None:
-        """Return a path's narinfo if it is in memory."""
+    @property
+    def hot_narinfo(self) -> Callable[[HashPart], HotNarinfo | None]:
+        """Returns a path's narinfo if it is in memory; this counts as no use."""
+
+    def touch_narinfo(self, hash_part: HashPart) -> None:
+        """Note that a narinfo in memory is used."""
+
+    @property
+    def absent_until(self) -> Callable[[str], float | None]:
+        """Returns until when a narinfo (``{hash part}.narinfo``) counts as absent, by `clock`, if it does."""
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Tells the time: seconds on a monotonic clock."""
 
     def keeps_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is in the store."""

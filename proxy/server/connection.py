@@ -35,7 +35,7 @@ from aiohttp.streams import EMPTY_PAYLOAD
 
 from proxy.server.backend import Audience
 from proxy.server.body import STALL_TIMEOUT
-from proxy.server.fastlane import FastLane, Lookup
+from proxy.server.fastlane import Answer, FastLane, Lookup
 
 KEEPALIVE: Final = 120.0
 """Seconds that an idle connection is kept: longer than Nix keeps it (curl: 118 s), so that Nix never
@@ -237,15 +237,20 @@ class Connection(web.RequestHandler):
             self._requests[data] = look_up
         return look_up
 
-    def _send(self, answer: tuple[bytes, bytes]) -> None:
+    def _send(self, answer: Answer) -> None:
         """Send an answer in one system call, and what the socket does not take when it does."""
-        head, rest = answer
         try:
-            sent = os.writev(self._socket, answer)
+            if isinstance(answer, bytes):
+                sent = os.write(self._socket, answer)
+                whole = sent == len(answer)
+            else:
+                sent = os.writev(self._socket, answer)
+                whole = sent == len(answer[0]) + len(answer[1])
         except OSError:
-            sent = 0  # the transport will find the same, and knows what to do
-        if sent != len(head) + len(rest) and self.transport is not None:
-            self.transport.write((head + rest)[sent:])
+            sent, whole = 0, False  # the transport will find the same, and knows what to do
+        if not whole and self.transport is not None:
+            rest = answer if isinstance(answer, bytes) else b"".join(answer)
+            self.transport.write(rest[sent:])
 
     def _parse(self, data: bytes) -> None:
         """Let aiohttp parse a piece, and see whether it was one request and no more."""

@@ -19,12 +19,12 @@ from proxy.events import HIT, FastlaneServed, Observer, Result
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HASH_PART_LENGTH, HashPart
 from proxy.recent import Recent
-from proxy.server.backend import Audience, Cache
+from proxy.server.backend import Audience, Cache, HotNarinfo
 from proxy.server.headers import NAR_TYPE, error_headers, file_headers, narinfo_headers, tail
 from proxy.store.files import OpenFile
 
-Answer = tuple[bytes, bytes]
-"""A whole answer: status and date, and everything else."""
+Answer = bytes | tuple[bytes, bytes]
+"""A whole answer; a large one in two parts, since joining them would copy it."""
 
 Lookup = Callable[[str], Answer | None]
 """Looks up what a request asked for, given who asks; None where this lane has no answer."""
@@ -39,22 +39,6 @@ sendfile(2) from a file that is kept open, and the disk cannot make anybody wait
 _NARINFO: Final = b".narinfo"
 _NARINFO_TARGET: Final = 1 + HASH_PART_LENGTH + len(_NARINFO)
 _NAR: Final = b"/nar/"
-
-
-def _absence(name: str) -> bytes:
-    body = f"no upstream has {name}\n".encode()
-    return tail(error_headers(), len(body)) + body
-
-
-class _Narinfo:
-    """A narinfo that is asked for, and what is said when there is none."""
-
-    __slots__ = ("absence", "hash_part", "name")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.hash_part = HashPart(name[:HASH_PART_LENGTH])
-        self.absence = _absence(name)
 
 
 class _SmallNar:
@@ -82,6 +66,60 @@ class _Count:
         self.body_bytes = 0
 
 
+class _Narinfo:
+    """A narinfo that is asked for. What is said is written once a second, for as long as it is asked for."""
+
+    __slots__ = ("_absence", "_absent", "_hash_part", "_lane", "_name", "_second")
+
+    def __init__(self, lane: FastLane, name: str) -> None:
+        self._lane = lane
+        self._name = name
+        self._hash_part = HashPart(name[:HASH_PART_LENGTH])
+        body = f"no upstream has {name}\n".encode()
+        self._absence = tail(error_headers(), len(body)) + body
+        self._absent = b""
+        self._second = -1.0
+
+    def __call__(self, client: str) -> bytes | None:
+        """Return the answer. Every call in here is one that all hits pay for."""
+        lane = self._lane
+        if not lane.second <= time.time() < lane.next_second:
+            lane.renew_dates()
+        known = lane.hot(self._hash_part)
+        if known is None:
+            return self._answer_absent()
+        if not lane.open:
+            return None
+        if known.answered_in != lane.second:
+            self._write(known)
+        if not known.kept:
+            lane.prefetch.asked_path(client, self._hash_part)
+        count = lane.narinfos
+        count.requests += 1
+        count.body_bytes += len(known.body)
+        return known.answer
+
+    def _write(self, known: HotNarinfo) -> None:
+        lane = self._lane
+        lane.cache.touch_narinfo(self._hash_part)
+        about = tail(narinfo_headers(HIT, known.origin), len(known.body))
+        known.answer = lane.found + about + known.body
+        known.answered_in = lane.second
+
+    def _answer_absent(self) -> bytes | None:
+        lane = self._lane
+        expires = lane.cache.absent_until(self._name)
+        if expires is None or lane.cache.clock() >= expires or not lane.open:
+            return None
+        if self._second != lane.second:
+            if not lane.cache.is_absent(self._name):
+                return None
+            self._absent = lane.not_found + self._absence
+            self._second = lane.second
+        lane.absences.requests += 1
+        return self._absent
+
+
 class FastLane:
     """What can be answered at once.
 
@@ -94,19 +132,20 @@ class FastLane:
     """
 
     def __init__(self, cache: Cache, observer: Observer, prefetch: Audience) -> None:
-        self._cache = cache
-        self._hot_narinfo = cache.hot_narinfo
-        self._prefetch = prefetch
+        self.cache = cache
+        self.hot = cache.hot_narinfo
+        self.prefetch = prefetch
         self._observer = observer
         self._nars: Recent[bytes, _SmallNar] = Recent(NAR_BYTES, weigh=lambda nar: len(nar.answer))
         self.open = True
         """Whether anything is answered here; not while the daemon stops, since that has to be told."""
-        self._dates = (0.0, 0.0)
-        self._found = b""
-        self._not_found = b""
-        self._narinfos = _Count("narinfo", HTTPStatus.OK, HIT)
-        self._absences = _Count("narinfo", HTTPStatus.NOT_FOUND, "")
-        self._nars_sent = _Count("nar", HTTPStatus.OK, HIT)
+        self.second = self.next_second = 0.0
+        """The second, by the clock on the wall, that the dates below are for."""
+        self.found = self.not_found = b""
+        """Status line and date."""
+        self.narinfos = _Count("narinfo", HTTPStatus.OK, HIT)
+        self.absences = _Count("narinfo", HTTPStatus.NOT_FOUND, "")
+        self.nars = _Count("nar", HTTPStatus.OK, HIT)
         self._removals = cache.removals
 
     def lookup(self, target: bytes) -> Lookup | None:
@@ -116,7 +155,7 @@ class FastLane:
             target: The request target as it came, with its leading slash.
         """
         if len(target) == _NARINFO_TARGET and target.endswith(_NARINFO) and target.isascii():
-            return partial(self._narinfo, _Narinfo(target[1:].decode("ascii")))
+            return _Narinfo(self, target[1:].decode("ascii"))
         if target.startswith(_NAR):
             return partial(self._nar, target)
         return None
@@ -136,7 +175,7 @@ class FastLane:
 
     def flush(self) -> None:
         """Tell what was answered since the last time, and which NARs were used; forget what is gone."""
-        for count in (self._narinfos, self._absences, self._nars_sent):
+        for count in (self.narinfos, self.absences, self.nars):
             if count.requests:
                 told = (count.route, int(count.code), count.result)
                 self._observer(FastlaneServed(*told, count.requests, count.body_bytes))
@@ -144,8 +183,8 @@ class FastLane:
         for target, nar in self._nars.items():
             if nar.used:
                 nar.used = False
-                if self._cache.keeps_nar(nar.name):
-                    self._cache.used(nar.name)
+                if self.cache.keeps_nar(nar.name):
+                    self.cache.used(nar.name)
                 else:  # somebody has removed it, perhaps for a reason
                     self._nars.drop(target)
 
@@ -158,49 +197,27 @@ class FastLane:
         self.flush()
         self.forget_nars()
 
-    def _narinfo(self, asked: _Narinfo, client: str) -> Answer | None:
-        if not self.open:
-            return None
-        known = self._hot_narinfo(asked.hash_part)
-        if known is None:
-            if not self._cache.is_absent(asked.name):
-                return None
-            self._absences.requests += 1
-            self._renew_dates()
-            return self._not_found, asked.absence
-        if not known.kept:
-            self._prefetch.asked_path(client, asked.hash_part)
-        rest = known.answer
-        if rest is None:
-            rest = tail(narinfo_headers(HIT, known.origin), len(known.body)) + known.body
-            known.answer = rest
-        count = self._narinfos
-        count.requests += 1
-        count.body_bytes += len(known.body)
-        self._renew_dates()
-        return self._found, rest
-
     def _nar(self, target: bytes, client: str) -> Answer | None:
-        if self._removals != self._cache.removals:  # and one of those that are kept may be gone
-            self._removals = self._cache.removals
+        if self._removals != self.cache.removals:  # and one of those that are kept may be gone
+            self._removals = self.cache.removals
             self.forget_nars()
         nar = self._nars.get(target)
         if nar is None or not self.open:
             return None
+        if not self.second <= time.time() < self.next_second:
+            self.renew_dates()
         nar.used = True
-        self._prefetch.asked_nar(client)
-        count = self._nars_sent
+        self.prefetch.asked_nar(client)
+        count = self.nars
         count.requests += 1
         count.body_bytes += nar.size
-        self._renew_dates()
-        return self._found, nar.answer
+        return self.found, nar.answer
 
-    def _renew_dates(self) -> None:
-        """Write the date anew when it is another second, also when the clock was put back."""
+    def renew_dates(self) -> None:
+        """Write the date anew: it is another second, or the clock was set."""
         now = time.time()
-        begin, end = self._dates
-        if not begin <= now < end:
-            self._dates = (int(now), int(now) + 1.0)
-            date = f"Date: {formatdate(now, usegmt=True)}\r\n".encode()
-            self._found = b"HTTP/1.1 200 OK\r\n" + date
-            self._not_found = b"HTTP/1.1 404 Not Found\r\n" + date
+        self.second = float(int(now))
+        self.next_second = self.second + 1.0
+        date = f"Date: {formatdate(now, usegmt=True)}\r\n".encode()
+        self.found = b"HTTP/1.1 200 OK\r\n" + date
+        self.not_found = b"HTTP/1.1 404 Not Found\r\n" + date

@@ -73,6 +73,7 @@ class HeldNarinfo:
     kept: bool
     size: int | None
     answer: bytes | None = None
+    answered_in: float = -1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +114,15 @@ class RemoteCache:
         self._store = store
         self._link = link
         self._keyrings = keyrings
-        self._clock = clock
+        self.clock = clock
         self._hot: Recent[HashPart, HeldNarinfo] = Recent(
             HOT_BYTES, weigh=lambda held: COPIES * len(held.body)
         )
+        self.hot_narinfo = self._hot.peek
+        """Returns a path's narinfo if it is in memory; this counts as no use."""
         self._absent: Recent[str, float] = Recent(ABSENT_PATHS)
+        self.absent_until = self._absent.peek
+        """Returns until when a narinfo (``{hash part}.narinfo``) counts as absent, by the clock."""
         self._ahead: Recent[str, bool] = Recent(AHEAD)
         self._changes = 0
         self.removals = 0
@@ -144,9 +149,9 @@ class RemoteCache:
         """A NAR is fetched ahead of clients: the core is to hear of the first that asks."""
         self._ahead.put(name, True)  # noqa: FBT003  # only the key counts
 
-    def hot_narinfo(self, hash_part: HashPart) -> HeldNarinfo | None:
-        """Return a path's narinfo if it is in memory."""
-        return self._hot.get(hash_part)
+    def touch_narinfo(self, hash_part: HashPart) -> None:
+        """Note that a narinfo in memory is used."""
+        self._hot.get(hash_part)
 
     def keeps(self, hash_part: HashPart) -> bool:
         """Tell whether a path is in the store."""
@@ -161,7 +166,7 @@ class RemoteCache:
         expires = self._absent.get(key)
         return (
             expires is not None
-            and self._clock() < expires
+            and self.clock() < expires
             and not self.keeps(HashPart(key[:HASH_PART_LENGTH]))
         )
 
@@ -191,7 +196,7 @@ class RemoteCache:
         up_to_date = changes == self._changes
         if isinstance(answer, Absent):
             if up_to_date and answer.seconds > 0:
-                self._absent.put(key, self._clock() + answer.seconds)
+                self._absent.put(key, self.clock() + answer.seconds)
             raise NotFoundError(answer.reason)
         told = expect(Narinfo, answer)
         held = HeldNarinfo(told.body, told.nar_name, told.etag, told.origin, told.kept, told.size)
