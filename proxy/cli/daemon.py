@@ -23,6 +23,7 @@ from proxy.events import BreakerClosed, ConfigReloaded, Event, Fault, Mode, Mode
 from proxy.failover import Failover
 from proxy.metrics import Metrics
 from proxy.prefetch import Prefetch
+from proxy.server import collector
 from proxy.server.listening import Address
 from proxy.store.eviction import Limits
 from proxy.store.folder import Store
@@ -70,6 +71,7 @@ class Daemon:
             )
             core = Core(cache, prefetch, self._observe, operations)
             async with self._front(core, operations) as front:
+                collector.settle()
                 log.info(
                     "ready",
                     version=__version__,

@@ -20,6 +20,7 @@ from proxy.events import Event, Fault
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.signature import Keyring, PublicKey
 from proxy.nix.store_path import HashPart
+from proxy.server import collector
 from proxy.server.app import Server
 from proxy.server.listening import listening
 from proxy.server.page import Facts
@@ -181,6 +182,8 @@ def main() -> None:
     core, *listeners = (socket.socket(fileno=int(text)) for text in sys.argv[1:])
 
     async def run() -> None:
-        await Worker(setup, core, listeners).run()
+        worker = Worker(setup, core, listeners)
+        collector.settle()
+        await worker.run()
 
     asyncio.run(run())
