@@ -165,7 +165,7 @@ class Cache:
         if not self.lacks(name):
             return
         self._refuse_if_absent(key)
-        fetch = self._start(key, lambda fetch: self._supplier.nar(name, fetch))
+        fetch = self._start(key, lambda fetch: self._supplier.nar(name, fetch), name)
         self._ahead.put(key, 1)
         self._observer(FetchingAhead(key))
         try:
@@ -219,7 +219,9 @@ class Cache:
         if file is not None:
             result = PREFETCHED if self._was_ahead(key) else HIT
             return Content(file, None, self._known.etag(name), result, self._published_by(name))
-        reader, result = await self._joined(key, lambda fetch: self._supplier.nar(name, fetch))
+        reader, result = await self._joined(
+            key, lambda fetch: self._supplier.nar(name, fetch), name
+        )
         if self._was_ahead(key):
             result = PREFETCHED
         return Content(reader, None, self._known.etag(name), result, reader.fetch.upstream)
@@ -339,12 +341,14 @@ class Cache:
         if self.is_absent(key):
             raise NotFoundError(f"no upstream has {key}")
 
-    async def _joined(self, key: str, open_supply: OpenSupply) -> tuple[Reader, Result]:
+    async def _joined(
+        self, key: str, open_supply: OpenSupply, name: NarName | None = None
+    ) -> tuple[Reader, Result]:
         """Join the fetch that is under way, or start it; and wait until there is something to read."""
         fetch, result = self._fetches.get(key), COALESCED
         if fetch is None or not fetch.can_be_joined:
             self._refuse_if_absent(key)
-            fetch, result = self._start(key, open_supply), MISS
+            fetch, result = self._start(key, open_supply, name), MISS
         reader = fetch.attach()  # before anything is waited for: later it may be over
         try:
             await reader.wait_beyond(0)
@@ -353,12 +357,12 @@ class Cache:
             raise
         return reader, result
 
-    def _start(self, key: str, open_supply: OpenSupply) -> Fetch:
+    def _start(self, key: str, open_supply: OpenSupply, name: NarName | None = None) -> Fetch:
         """Run a fetch as a task of the daemon; it can be joined until its file is in the store."""
         fetch = Fetch(
             key,
             open_supply=open_supply,
-            incoming=self._store.incoming(),
+            incoming=self._store.incoming(name),
             executor=self._workers,
             observer=self._observer,
         )

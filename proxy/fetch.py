@@ -23,15 +23,20 @@ from proxy.errors import (
     SizeMismatchError,
     StoreError,
     TrustError,
+    UpstreamError,
     UpstreamUnavailableError,
 )
 from proxy.events import FetchEnded, FetchStarted, Observer, Rejected
-from proxy.store.incoming import Cursor, Incoming
+from proxy.store.incoming import Cursor, Incoming, Leftover
+from proxy.store.leftovers import MIN_SIZE
 from proxy.supply import Supply, Verifier
 
 HELD_BACK = 16 * 2**10
 """Bytes at the end that wait for the verdict: enough that what came before is useless to a program that
 ignores the cut connection, few enough that nobody waits for them."""
+
+PIECE = 2**20
+"""Bytes that are read at once of what was left of a download."""
 
 LAG = 5.0
 """Seconds that readers wait for a slower one, where memory is all there is; then it is left behind."""
@@ -114,6 +119,11 @@ class Fetch:
             await self._change()
         return self.released
 
+    @property
+    def leftover(self) -> Leftover | None:
+        """What is here of an earlier download."""
+        return self._incoming.leftover
+
     def read_back(self, position: int, count: int) -> bytes:
         """Return some of what was released.
 
@@ -162,6 +172,8 @@ class Fetch:
         """Let go of the file; readers have descriptors of their own."""
         if self._published:
             self._incoming.close()
+        elif isinstance(self.error, UpstreamError):
+            self._incoming.leave()
         else:
             self._incoming.discard()
 
@@ -189,6 +201,8 @@ class Fetch:
 
     async def _download(self, supply: Supply) -> None:
         """Take attempts until one is what was promised; as long as nobody has got any of it."""
+        if self._incoming.leftover is not None and not supply.resumed:
+            await self._work(self._incoming.start_over)
         while True:
             try:
                 await self._attempt(supply)
@@ -208,18 +222,40 @@ class Fetch:
         self.upstream = supply.upstream
         self.size = _agreed_size(supply.promise.size, supply.size)
         verifier = supply.promise.verifier()
+        await self._begin(supply, verifier)
         async with contextlib.aclosing(_ahead(supply)) as pieces:
             async for data in pieces:
                 if data is None:
                     await self._work(self._incoming.start_over)
                     self.size = _agreed_size(supply.promise.size, supply.size)
                     verifier = supply.promise.verifier()
+                    await self._begin(supply, verifier)
                 else:
                     await self._work(self._absorb, verifier, data)
                     await self._room()
         if self.size is not None and self._incoming.size != self.size:
             raise SizeMismatchError(f"{self._incoming.size} bytes arrived instead of {self.size}")
         await self._work(verifier.finish)
+
+    async def _begin(self, supply: Supply, verifier: Verifier) -> None:
+        """Go on with what was left of an earlier download, or make one that can be left."""
+        leftover = self._incoming.leftover
+        if leftover is None:
+            if supply.origin is not None and (self.size or 0) >= MIN_SIZE:
+                self._incoming.keep(supply.origin)
+            return
+        while self._incoming.size < leftover.size:
+            await self._work(
+                self._recall, verifier, min(PIECE, leftover.size - self._incoming.size)
+            )
+
+    def _recall(self, verifier: Verifier, count: int) -> None:
+        """Verify what is on the disk, and let the readers have it. On a worker thread."""
+        data = self._incoming.recall(count)
+        if not data:
+            raise SizeMismatchError("what was left of the download is shorter now")
+        self._loop.call_soon_threadsafe(self._wake)
+        verifier.feed(data)
 
     def _absorb(self, verifier: Verifier, data: bytes) -> None:
         """Write, let the readers have it, and only then spend time on verifying. On a worker thread."""

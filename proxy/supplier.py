@@ -29,10 +29,11 @@ from proxy.nix.nar import NarVerifier
 from proxy.nix.nar_name import NarName
 from proxy.nix.narinfo import VerifiedNarInfo
 from proxy.nix.store_path import HashPart
+from proxy.places import Place, Readers
 from proxy.store.files import OpenFile, Partial, closed_on_failure
 from proxy.store.folder import Store
 from proxy.supply import OneAnswer, Promise, Supply, Unverified
-from proxy.transfer import Place, Readers, Transfer
+from proxy.transfer import Transfer
 from proxy.upstream.answer import Body as UpstreamBody
 
 T = TypeVar("T")

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from proxy.errors import TrustError
 from proxy.store.files import Partial
+from proxy.store.leftovers import Origin
 
 
 class Body(Protocol):
@@ -66,6 +67,16 @@ class Supply(Protocol):
         ...
 
     @property
+    def origin(self) -> Origin | None:
+        """What a download that is left unfinished has to know to go on; None where it cannot."""
+        ...
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it begins behind what was left of an earlier download."""
+        ...
+
+    @property
     def promise(self) -> Promise:
         """What the file has to be."""
         ...
@@ -91,6 +102,8 @@ class OneAnswer:
         self.upstream = upstream
         self.promise = promise
         self.size = body.size
+        self.origin = None
+        self.resumed = False
         self._body = body
 
     async def read(self) -> bytes | None:

