@@ -36,6 +36,8 @@ Rules:
     │  ├─ DamagedError         it does not hold what was put there
     │  └─ StoreLockedError     another daemon has the store
     ├─ ListenError             an address cannot be listened on
+    ├─ CommandError            what an operator asked for cannot be done
+    │  └─ NotRunningError      … because no daemon has the store
     └─ ConfigError             the configuration is wrong
 """
 
@@ -222,6 +224,14 @@ class StoreLockedError(StoreError):
 
 class ListenError(ProxyError):
     """An address cannot be listened on: taken, not ours, not permitted."""
+
+
+class CommandError(ProxyError):
+    """What an operator asked for cannot be done, and nothing was changed."""
+
+
+class NotRunningError(CommandError):
+    """No daemon has the store."""
 
 
 class ConfigError(ProxyError):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
@@ -39,6 +40,14 @@ def require_tool(*names: str) -> None:
     if os.environ.get("CI", "").lower() not in {"", "0", "false"}:
         pytest.fail(f"{reason}, and CI has to have it", pytrace=False)
     pytest.skip(reason)
+
+
+def let_everybody_in(folder: Path) -> None:
+    """Let every user of this machine reach a folder of a test."""
+    temporary = Path(tempfile.gettempdir())
+    for each in (folder, *folder.parents):
+        if temporary in each.parents:
+            each.chmod(0o755)
 
 
 @pytest.fixture(autouse=True)

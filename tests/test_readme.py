@@ -58,7 +58,7 @@ def test_make_targets_exist(page: str) -> None:
 def test_commands_and_flags_exist() -> None:
     """Each subcommand of ours in the README exists, and has the flags that it is given there."""
     named = list(commands(README, ".venv/bin/nix-cache-proxy"))
-    assert {words[0] for words in named} == {"serve", "check-config"}
+    assert {words[0] for words in named} == {"serve", "check-config", "status"}
 
     for command, *arguments in named:
         assert _flags(arguments) <= _flags(_help(command).split())

@@ -10,6 +10,7 @@ import typer
 from proxy import __version__
 from proxy.cli.check_config import check_config
 from proxy.cli.serve import serve
+from proxy.cli.status import status
 from proxy.cli.verify import verify
 from proxy.errors import ConfigError, ProxyError
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command(short_help="Run the daemon in the foreground.")(serve)
 app.command()(check_config)
+app.command()(status)
 app.command()(verify)
 
 

@@ -15,9 +15,11 @@ from proxy import __version__
 from proxy.cache import Cache
 from proxy.cli import assembly, systemd
 from proxy.cli.front import Front, Workers, one_process, setup
+from proxy.cli.handlers import Handlers
 from proxy.cli.logs import EventLog, log
 from proxy.cli.operations import Operations
 from proxy.config import Config, UnixListen
+from proxy.control.server import taking_commands
 from proxy.errors import ConfigError, ListenError
 from proxy.events import BreakerClosed, ConfigReloaded, Event, Fault, Mode, ModeChanged, Observer
 from proxy.failover import Failover
@@ -70,7 +72,10 @@ class Daemon:
                 lambda: self._config, lambda: self._failover, store, self._metrics
             )
             core = Core(cache, prefetch, self._observe, operations)
-            async with self._front(core, operations) as front:
+            async with (
+                self._front(core, operations) as front,
+                self._commands(store, cache, front.addresses),
+            ):
                 collector.settle()
                 log.info(
                     "ready",
@@ -168,6 +173,21 @@ class Daemon:
             operations.collect = supervisor.flush
             await self._unless_stopped(supervisor.all_listen())
             yield Workers(supervisor)
+
+    @contextlib.asynccontextmanager
+    async def _commands(
+        self, store: Store, cache: Cache, addresses: Sequence[str]
+    ) -> AsyncIterator[None]:
+        """Let commands reach us; where there can be no socket, we serve all the same."""
+        commands = Handlers(store, cache, lambda: self._config, addresses).table()
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(
+                    taking_commands(store.layout.control, commands, self._observe)
+                )
+            except ListenError as error:
+                log.warning("commands cannot reach this daemon", reason=str(error))
+            yield
 
     def _addresses(self) -> Sequence[Address]:
         """Where to listen: on what systemd opened for us, or else where the configuration says."""

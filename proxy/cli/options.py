@@ -43,6 +43,9 @@ TrustedKeys = Annotated[
         "--trusted-key", metavar="KEY", help="name:base64, in addition to the configured ones."
     ),
 ]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON, for programs, instead of a text.")
+]
 
 
 def configuration(

@@ -41,6 +41,8 @@ STATUSES: Mapping[type[ProxyError], int] = {
     errors.ConfigError: NEVER,
     errors.ListenError: NEVER,
     errors.StoreLockedError: NEVER,
+    errors.CommandError: NEVER,
+    errors.NotRunningError: NEVER,
     errors.RequestError: 400,
     errors.RangeError: 416,
     errors.NotFoundError: NOT_HERE,

@@ -29,6 +29,7 @@ class Layout:
         self.verified = self.state / "verified"
         self.index = self.state / "index.sqlite"
         self.lock = self.state / "lock"
+        self.control = self.state / "control.sock"
 
     def narinfo(self, hash_part: HashPart) -> Path:
         """The narinfo of a path whose NAR is here too."""
