@@ -109,6 +109,10 @@ class Cache:
         await self._tasks.close()
         await asyncio.to_thread(self._workers.shutdown)
 
+    def recall(self, hash_part: HashPart) -> bool:
+        """Take a narinfo that is known here into memory; tell whether it is there now."""
+        return self._known.get(hash_part) is not None and self.hot_narinfo(hash_part) is not None
+
     def touch_narinfo(self, hash_part: HashPart) -> None:
         """Note that a narinfo in memory is used."""
         self._known.touch(hash_part)

@@ -57,6 +57,9 @@ class Cache(Protocol):
     def hot_narinfo(self) -> Callable[[HashPart], HotNarinfo | None]:
         """Returns a path's narinfo if it is in memory; this counts as no use."""
 
+    def recall(self, hash_part: HashPart) -> bool:
+        """Take a narinfo that is known here into memory; tell whether it is there now."""
+
     def touch_narinfo(self, hash_part: HashPart) -> None:
         """Note that a narinfo in memory is used."""
 

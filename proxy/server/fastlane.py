@@ -87,7 +87,7 @@ class _Narinfo:
             lane.renew_dates()
         known = lane.hot(self._hash_part)
         if known is None:
-            return self._answer_absent()
+            return self._answer_cold(client)
         if not lane.open:
             return None
         if known.answered_in != lane.second:
@@ -106,11 +106,14 @@ class _Narinfo:
         known.answer = lane.found + about + known.body
         known.answered_in = lane.second
 
-    def _answer_absent(self) -> bytes | None:
+    def _answer_cold(self, client: str) -> bytes | None:
+        """Answer what is not in memory: absent, or on the disk, which takes a small read."""
         lane = self._lane
         expires = lane.cache.absent_until(self._name)
-        if expires is None or lane.cache.clock() >= expires or not lane.open:
+        if not lane.open:
             return None
+        if expires is None or lane.cache.clock() >= expires:
+            return self(client) if lane.cache.recall(self._hash_part) else None
         if self._second != lane.second:
             if not lane.cache.is_absent(self._name):
                 return None

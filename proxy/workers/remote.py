@@ -149,6 +149,10 @@ class RemoteCache:
         """A NAR is fetched ahead of clients: the core is to hear of the first that asks."""
         self._ahead.put(name, True)  # noqa: FBT003  # only the key counts
 
+    def recall(self, hash_part: HashPart) -> bool:
+        """Take a narinfo of the store into memory; tell whether it is there now."""
+        return self._held(hash_part) is not None and self.hot_narinfo(hash_part) is not None
+
     def touch_narinfo(self, hash_part: HashPart) -> None:
         """Note that a narinfo in memory is used."""
         self._hot.get(hash_part)

@@ -391,7 +391,7 @@ async def test_another_configuration(proxy: InsideProxy, cache: BinaryCacheSimul
         answer, took_it = await lane.ask(ABSENT)
         assert (answer.code, took_it) == (200, False)
         answer, took_it = await lane.ask(NARINFO)
-        assert (answer.code, took_it) == (200, False)
+        assert (answer.code, took_it) == (200, True)
         answer, _ = await lane.ask(NAR)
         assert (answer.code, answer.body) == (200, bytes(SMALL.file))
     await old.close()
