@@ -107,10 +107,7 @@ class Asker:
             raise
         except UpstreamError as error:
             outcome, reason = error.outcome, error.reason
-            if is_failure(error, made_up=question.made_up):
-                self._fail(upstream, ticket, reason, error)
-            else:
-                self._succeed(upstream, ticket)
+            self._judge(upstream, ticket, question, error)
             raise
         else:
             outcome = "hit"
@@ -156,6 +153,16 @@ class Asker:
         if ticket.probe:
             self._probes[breaker] = asyncio.Event()
         return ticket
+
+    def _judge(
+        self, upstream: Upstream, ticket: Ticket, question: Question, error: UpstreamError
+    ) -> None:
+        if isinstance(error, UpstreamSkippedError):
+            return  # it has its hands full with us, and was not asked
+        if is_failure(error, made_up=question.made_up):
+            self._fail(upstream, ticket, error.reason, error)
+        else:
+            self._succeed(upstream, ticket)
 
     def _succeed(self, upstream: Upstream, ticket: Ticket) -> None:
         self._tell_closed(upstream, closed=upstream.breaker.answered(ticket))

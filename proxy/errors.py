@@ -181,7 +181,7 @@ class UpstreamBusyError(UpstreamUnavailableError):
 
 
 class UpstreamSkippedError(UpstreamError):
-    """It has failed before, and is left alone for now."""
+    """It was not asked: it has failed before and is left alone for now, or it has its hands full with us."""
 
     outcome = "skipped"
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from proxy.events import BreakerClosed, BreakerOpened, UpstreamAnswered
+from proxy.upstream import remote
 from proxy.upstream.breaker import LONGEST_RETRY_AFTER, THRESHOLD, State
 from tests.closures import SigningKey, StoreEntry
 from tests.conftest import RunDaemon, RunSimulator, StartSimulator
@@ -230,6 +231,25 @@ async def test_a_cut_nar_counts_once(sim: StartSimulator, start: Start) -> None:
         await proxy.pull(url)
         await proxy.idle()
     assert state(proxy) is State.CLOSED
+
+
+async def test_busy_with_us(
+    sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upstream all of whose connections we use ourselves has not failed."""
+    monkeypatch.setattr(remote, "SLOT_TIMEOUT", 0.05)
+    cache = await sim(*PATHS)
+    proxy = await start(cache, max_connections=2)
+    urls = [await proxy.nar_url(entry.hash_part) for entry in PATHS]
+    gate = Gate(None)
+    cache.fault("/nar/", gate)
+    reading = asyncio.create_task(proxy.pull(urls[0]))
+    await gate.reached.wait()
+    for url in urls[1 : 2 * THRESHOLD]:
+        assert (await proxy.pull(url)).status == 404
+    assert state(proxy) is State.CLOSED
+    gate.open()
+    assert (await reading).complete
 
 
 def test_operators_see_it(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:

@@ -32,7 +32,7 @@ from proxy.errors import (
     UpstreamBusyError,
     UpstreamDeniedError,
     UpstreamProtocolError,
-    UpstreamTimeoutError,
+    UpstreamSkippedError,
     UpstreamUnavailableError,
 )
 from proxy.nix import narinfo
@@ -280,7 +280,7 @@ class Upstream:
             async with asyncio.timeout(SLOT_TIMEOUT):
                 await self._nar_slots.acquire()
         except TimeoutError as error:
-            raise UpstreamTimeoutError(self.name, "all its connections are busy") from error
+            raise UpstreamSkippedError(self.name, "all its connections are busy") from error
         try:
             yield
         finally:
