@@ -54,6 +54,7 @@ class Asker:
     Args:
         observer: Told of every answer, and when a breaker opens or closes.
         patience: Seconds that a question waits for the outcome of another one that is the probe.
+        budget: Seconds that a NAR waits for an upstream that was left alone until now.
         clock: Seconds on a monotonic clock.
     """
 
@@ -62,10 +63,12 @@ class Asker:
         observer: Observer,
         *,
         patience: float,
+        budget: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._observer = observer
         self._patience = patience
+        self._budget = budget
         self._clock = clock
         self.offline = False
         """Ask nobody anything."""
@@ -86,10 +89,8 @@ class Asker:
         question.probe = ticket.probe
         outcome, reason = "cancelled", ""
         try:
-            limited = (
-                ticket.probe and question.asked == "nar"
-            )  # of the rest, the budget is the limit
-            async with asyncio.timeout(self._patience if limited else None):
+            limited = ticket.probe and question.asked == "nar"  # who asks for all else sees to it
+            async with asyncio.timeout(self._budget if limited else None):
                 yield ticket
         except TimeoutError:
             outcome, reason = UpstreamTimeoutError.outcome, "no answer to a probe in time"

@@ -141,7 +141,7 @@ class Failover:
         self._budget = budget
         self._grace = budget * GRACE
         self._observer = observer
-        self.asker = Asker(observer, patience=self._grace, clock=clock)
+        self.asker = Asker(observer, patience=self._grace, budget=budget, clock=clock)
         self._passed_over: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
