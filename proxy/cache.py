@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -179,6 +179,14 @@ class Cache:
             raise
         if self._ahead.get(key) is not None:
             self._ahead.put(key, fetch.size or 1)
+
+    async def settled(self, name: NarName) -> None:
+        """Wait until the narinfo of a NAR that is here, if a crash withheld it, has been made good."""
+        await self._tasks.over(f"publish {name}")
+
+    def used_paths(self, hash_parts: Collection[HashPart]) -> None:
+        """Note that the narinfos of paths were given to somebody: their NARs are not the next to go."""
+        self._store.index.used_paths(hash_parts)
 
     def used(self, name: NarName) -> None:
         """Note that a NAR of the store was given to somebody past this cache."""

@@ -80,6 +80,7 @@ class Fetch:
         self._published = False
         self._changed = asyncio.Event()
         self._moved = asyncio.Event()
+        self._closed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     def __repr__(self) -> str:
@@ -151,6 +152,16 @@ class Fetch:
         while not self._verified:
             await self._change()
 
+    async def over(self) -> None:
+        """Wait until the file is in the store, or never will be.
+
+        Raises:
+            ProxyError: The fetch failed.
+        """
+        await self._closed.wait()
+        if self.error is not None:
+            raise self.error
+
     async def run(self) -> None:
         """Find, download, verify, publish. What fails is told to the readers and in `error`."""
         try:
@@ -176,6 +187,7 @@ class Fetch:
             self._incoming.leave()
         else:
             self._incoming.discard()
+        self._closed.set()
 
     def moved(self) -> None:
         """A reader has got further, or has left: there may be room for more."""

@@ -46,6 +46,11 @@ class Tasks:
         """Do something once for all who ask for it meanwhile, and return what came of it."""
         return await asyncio.shield(self._asked.get(key) or self._start_once(key, make))
 
+    async def over(self, key: str) -> None:
+        """Wait for what somebody has asked for, if that is still under way."""
+        if key in self._asked:
+            await asyncio.shield(self._asked[key])
+
     def ensure(self, key: str, make: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Do something, unless that is under way; nobody waits for it."""
         if key not in self._asked:

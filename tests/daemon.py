@@ -47,10 +47,12 @@ class DaemonProcess:
         wrapper: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
         workers: int = 1,
+        limits: str = "",
     ) -> None:
         """``config`` is TOML that is put behind what the other arguments say.
 
-        Its tables may be any but ``[server]``, ``[store]``, ``[trust]`` and ``[log]``.
+        Its tables may be any but ``[server]``, ``[store]``, ``[trust]`` and ``[log]``; ``limits`` are lines
+        for ``[store]``.
         ``arguments`` replace ``serve --config FILE``; ``wrapper`` is a command that becomes the
         daemon.
         """
@@ -70,15 +72,17 @@ class DaemonProcess:
         self._news = threading.Condition()
         self._reader: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self.configure(upstreams=upstreams, keys=keys, config=config)
+        self.configure(upstreams=upstreams, keys=keys, config=config, limits=limits)
 
-    def configure(self, *, upstreams: Sequence[str], keys: Sequence[str], config: str = "") -> None:
+    def configure(
+        self, *, upstreams: Sequence[str], keys: Sequence[str], config: str = "", limits: str = ""
+    ) -> None:
         """Write the configuration file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tables = [
             f"[server]\nlisten = {json.dumps(self.listen)}\nworkers = {self.workers}",
             'shutdown_timeout = "5s"',
-            f"[store]\npath = {json.dumps(str(self.store))}",
+            f"[store]\npath = {json.dumps(str(self.store))}\n{limits}",
             f"[trust]\nkeys = {json.dumps(list(keys))}",
             '[log]\nformat = "json"\nlevel = "debug"',
             *(

@@ -22,7 +22,7 @@ from nacl.signing import VerifyKey
 from tests.blobs import EXTENSIONS
 from tests.closures import SigningKey, nix32, sha256
 
-FOLDERS = {"nar", "log", "realisations", "build-trace-v2", "debuginfo"}
+FOLDERS = {"nar", "log", "realisations", "build-trace-v2", "debuginfo", "pins"}
 
 
 def _unzstd(data: bytes) -> bytes:

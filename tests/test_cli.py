@@ -114,7 +114,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
     """``--help`` says what there is, on stdout, and is no failure."""
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("serve", "check-config", "status", "--version"):
+    for command in ("serve", "check-config", "pin", "unpin", "pins", "gc", "status", "--version"):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE), done.stdout
 
 

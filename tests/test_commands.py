@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from proxy import __version__
-from tests.closures import StoreEntry
+from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunDaemon, RunSimulator, let_everybody_in
+from tests.daemon import DaemonProcess
+from tests.faults import Reset
+from tests.folder_oracle import complete_paths
+from tests.nix_client import NixClient
 from tests.test_cli import assert_failed, run
 
 ENTRY = StoreEntry.make("hello-1.0")
@@ -128,3 +137,324 @@ def test_a_foreign_socket_is_no_daemon(tmp_path: Path) -> None:
         assert foreign.fileno() >= 0  # bound, and nobody listens
         done = run("status", "--store", store, cwd=tmp_path)
     assert_failed(done, 1, "no daemon runs on")
+
+
+# --- pins ---------------------------------------------------------------------------------------
+
+CLOSURE = closure(12, depth=4, sizes=(1_000, 60_000))
+ROOT = CLOSURE[0]
+OTHER = StoreEntry.make("other-1.0", b"x" * 300_000, compression="none")
+
+
+def on(proxy: DaemonProcess, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command for a daemon's store, running or not."""
+    return run(*arguments, "--config", proxy.config_file, cwd=proxy.folder)
+
+
+def pins_of(proxy: DaemonProcess) -> dict[str, dict[str, Any]]:
+    """Return what is pinned, by name."""
+    told = json.loads(on(proxy, "pins", "--json").stdout)
+    return {pin["name"]: pin for pin in told["pins"]}
+
+
+def keep_all(proxy: DaemonProcess) -> None:
+    """Pin the closure."""
+    done = on(proxy, "pin", "mine", ROOT.store_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"pinned mine: {len(CLOSURE)} paths, ")
+
+
+def test_a_pin_keeps_a_whole_closure(
+    daemon: RunDaemon, threaded_sim: RunSimulator, nix: NixClient
+) -> None:
+    """What is pinned is fetched, survives any gc, and is all that Nix needs when upstreams are gone."""
+    upstream = threaded_sim(*CLOSURE, OTHER)
+    proxy = daemon(upstream.url)
+    keep_all(proxy)
+    assert proxy.get(f"/nar/{OTHER.hash_part}-{OTHER.nar_hash}.nar")
+    done = on(proxy, "gc", "--max-size", "0")
+    assert OTHER.store_path in done.stdout
+    assert "removed 1 file," in done.stdout
+
+    upstream.fault("/", Reset())
+    assert nix.copy_from(proxy.url, ROOT.store_path).returncode == 0
+    assert len(nix.installed()) == len(CLOSURE)
+    assert complete_paths(proxy.store, [SigningKey("test-cache-1")]) == {
+        each.hash_part for each in CLOSURE
+    }
+
+
+def test_a_pin_survives_everything_but_unpin(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
+    """Pins are there after kill -9, and after .state was deleted; unpin ends them."""
+    proxy = daemon(threaded_sim(*CLOSURE).url)
+    keep_all(proxy)
+    proxy.kill()
+    shutil.rmtree(proxy.store / ".state")
+    assert on(proxy, "gc", "--max-size", "0").stdout.startswith("removed 0 files")
+    proxy.start()
+    assert on(proxy, "gc", "--max-size", "0").stdout.startswith("removed 0 files")
+    assert pins_of(proxy)["mine"]["missing"] == 0
+
+    assert on(proxy, "unpin", "mine").returncode == 0
+    assert pins_of(proxy) == {}
+    assert f"removed {len(CLOSURE)} files" in on(proxy, "gc", "--max-size", "0").stdout
+    assert not list(proxy.store.glob("*.narinfo"))
+
+
+def test_pins_are_listed(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
+    """The list says names, roots, sizes as du counts them, and what is missing."""
+    proxy = daemon(threaded_sim(*CLOSURE, OTHER).url)
+    assert on(proxy, "pins").stdout == ""
+    keep_all(proxy)
+    on(proxy, "pin", "other", OTHER.store_path)
+    files = [*proxy.store.glob("*.narinfo"), *(proxy.store / "nar").iterdir()]
+    shown = pins_of(proxy)
+
+    assert shown["mine"]["roots"] == [ROOT.store_path]
+    assert shown["mine"]["paths"] == len(CLOSURE)
+    assert sum(pin["bytes"] for pin in shown.values()) == sum(
+        path.stat().st_blocks * 512 for path in files
+    )
+    text = on(proxy, "pins").stdout
+    for word in ("mine ", "other", ROOT.store_path, f"{len(CLOSURE)} paths", "1 path"):
+        assert word in text
+
+
+def test_what_is_missing_of_a_pin_is_said_and_fetched_again(
+    daemon: RunDaemon, threaded_sim: RunSimulator
+) -> None:
+    """Where somebody deleted a part of a pin, the list says so, and pinning again makes it whole."""
+    proxy = daemon(threaded_sim(*CLOSURE).url)
+    keep_all(proxy)
+    proxy.stop()
+    (proxy.store / f"{CLOSURE[-1].hash_part}.narinfo").unlink()
+    shutil.rmtree(proxy.store / ".state")
+
+    assert "1 of them missing" in on(proxy, "pins").stdout
+    proxy.start()
+    keep_all(proxy)
+    assert pins_of(proxy)["mine"]["missing"] == 0
+
+
+def test_a_pin_that_cannot_be_made_changes_nothing(
+    daemon: RunDaemon, threaded_sim: RunSimulator
+) -> None:
+    """When one path of a closure cannot be had, the reason names it, and the old pin stays."""
+    upstream = threaded_sim(*CLOSURE, OTHER)
+    proxy = daemon(upstream.url)
+    on(proxy, "pin", "mine", OTHER.store_path)
+    before = pins_of(proxy)
+    leaf = CLOSURE[-1]
+    del upstream.files[leaf.nar_path]
+
+    done = on(proxy, "pin", "mine", ROOT.store_path)
+    assert_failed(done, 1, "cannot pin", leaf.store_path)
+    assert pins_of(proxy) == before
+    assert on(proxy, "gc", "--max-size", "0").returncode == 0
+    assert pins_of(proxy)["mine"]["missing"] == 0
+
+
+def test_a_pin_too_large_for_the_limits_is_refused(
+    daemon: RunDaemon, threaded_sim: RunSimulator
+) -> None:
+    """What does not fit below max_size is refused with one line and before anything is fetched."""
+    upstream = threaded_sim(OTHER)
+    proxy = daemon(upstream.url, limits="max_size = 300000")
+    done = on(proxy, "pin", "other", OTHER.store_path)
+    assert_failed(done, 1, "cannot pin other", "max_size = 293.0 KiB")
+    assert upstream.gets("/nar/") == 0
+    assert pins_of(proxy) == {}
+
+
+def test_limits_smaller_than_what_is_pinned_are_said(
+    daemon: RunDaemon, threaded_sim: RunSimulator
+) -> None:
+    """A limit that was made smaller than the pins is a warning at start, and nothing pinned goes."""
+    upstream = threaded_sim(OTHER)
+    proxy = daemon(upstream.url)
+    on(proxy, "pin", "other", OTHER.store_path)
+    proxy.stop()
+    proxy.configure(
+        upstreams=[upstream.url],
+        keys=[SigningKey("test-cache-1").public],
+        limits="max_size = 300000",
+    )
+    proxy.start()
+    (warning,) = proxy.wait_for_log("more is pinned than max_size leaves room for")
+    assert warning["level"] == "warning"
+    assert pins_of(proxy)["other"]["missing"] == 0
+    assert proxy.get("/readyz") == b"ready\n"
+
+
+def test_a_pin_without_a_daemon(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
+    """Without a daemon what is here can be pinned, and what is not says that it takes one."""
+    proxy = daemon(threaded_sim(*CLOSURE, OTHER).url)
+    keep_all(proxy)
+    proxy.stop()
+    assert on(proxy, "unpin", "mine").returncode == 0
+    keep_all(proxy)
+    done = on(proxy, "pin", "other", OTHER.store_path)
+    assert_failed(done, 1, OTHER.store_path, "no daemon runs")
+    assert set(pins_of(proxy)) == {"mine"}
+
+
+def test_links_and_files_in_paths_are_pinned(
+    daemon: RunDaemon, threaded_sim: RunSimulator, tmp_path: Path
+) -> None:
+    """A link such as ./result, and something inside of a path, stand for the store path."""
+    proxy = daemon(threaded_sim(OTHER).url)
+    link = tmp_path / "result"
+    link.symlink_to(OTHER.store_path)
+    for path in (str(link), f"{OTHER.store_path}/bin/x", f"{OTHER.store_path}/"):
+        assert on(proxy, "pin", "other", path).returncode == 0
+        assert pins_of(proxy)["other"]["roots"] == [OTHER.store_path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pin", "a/b", OTHER.store_path], ["a/b", "no name for a pin"]),
+        (["pin", ".hidden", OTHER.store_path], [".hidden"]),
+        (["pin", "x" * 101, OTHER.store_path], ["at most 100"]),
+        (["pin", "name", "/etc/passwd"], ["/etc/passwd", "no store path"]),
+        (["pin", "name"], ["PATH"]),
+        (["gc", "--max-size", "much"], ["--max-size", "much"]),
+        (["gc", "--older-than", "-1d"], ["--older-than"]),
+    ],
+    ids=["slash", "dot", "long", "path", "none", "size", "age"],
+)
+def test_wrong_usage(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    """What cannot be meant ends with 2 before any daemon is asked."""
+    done = run(*arguments, "--store", tmp_path / "store", cwd=tmp_path)
+    assert_failed(done, 2, *words, lines=5)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/nix/store/short", "32 digits"),
+        (f"/nix/store/{OTHER.hash_part}-another-name", OTHER.store_path),
+        (f"/nix/store/{'0' * 32}-absent", "no upstream has"),
+    ],
+    ids=["malformed", "other-name", "absent"],
+)
+def test_what_cannot_be_pinned_is_said(
+    path: str, reason: str, daemon: RunDaemon, threaded_sim: RunSimulator
+) -> None:
+    """A path that is none, has another name, or is nowhere: one line, exit 1."""
+    proxy = daemon(threaded_sim(OTHER).url)
+    assert_failed(on(proxy, "pin", "name", path), 1, path, reason)
+    assert pins_of(proxy) == {}
+
+
+def test_unpin_of_nothing(daemon: RunDaemon) -> None:
+    """A pin that is not there cannot be removed."""
+    assert_failed(on(daemon(), "unpin", "nothing"), 1, "there is no pin nothing")
+
+
+# --- gc -----------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_would_go(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
+    """A dry run lists paths and sizes, which are then what goes; du agrees with what was freed."""
+    proxy = daemon(threaded_sim(*CLOSURE).url)
+    on(proxy, "pin", "mine", ROOT.store_path)
+    on(proxy, "unpin", "mine")
+    before = files_of(proxy.store)
+
+    planned = json.loads(on(proxy, "gc", "--dry-run", "--max-size", "0", "--json").stdout)
+    assert files_of(proxy.store) == before
+    assert {each["path"] for each in planned["gone"]} == {each.store_path for each in CLOSURE}
+    assert planned["bytes"] == sum(before.values())
+    done = json.loads(on(proxy, "gc", "--max-size", "0", "--json").stdout)
+    assert (done["gone"], done["bytes"]) == (planned["gone"], planned["bytes"])
+    assert files_of(proxy.store) == {}
+
+
+def files_of(store: Path) -> dict[str, int]:
+    """Return the cached files and what they take."""
+    files = [*store.glob("*.narinfo"), *(store / "nar").iterdir()]
+    return {path.name: path.stat().st_blocks * 512 for path in files}
+
+
+def test_gc_goes_to_the_low_mark(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
+    """Without more said, gc goes where eviction would end, and not further."""
+    entries = [
+        StoreEntry.make(f"path-{n}", os.urandom(200_000), compression="none") for n in range(10)
+    ]
+    limit = 2_600_000
+    proxy = daemon(threaded_sim(*entries).url, limits=f"max_size = {limit}")
+    for entry in entries:
+        proxy.get(f"/nar/{entry.hash_part}-{entry.nar_hash}.nar")
+    proxy.stop()  # no eviction comes in between
+    told = json.loads(on(proxy, "gc", "--json").stdout)
+
+    assert told["before"] - told["bytes"] <= limit * 0.9
+    assert told["before"] - told["bytes"] > limit * 0.9 - 250_000
+    again = json.loads(on(proxy, "gc", "--json").stdout)
+    assert again["files"] == 0
+
+
+def test_gc_by_age(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
+    """What was used within the time that is said stays."""
+    proxy = daemon(threaded_sim(OTHER).url)
+    proxy.get(f"/nar/{OTHER.hash_part}-{OTHER.nar_hash}.nar")
+    proxy.wait_for_log("stored")
+    assert on(proxy, "gc", "--older-than", "1h").stdout.startswith("removed 0 files")
+    proxy.stop()
+    with (
+        contextlib.closing(sqlite3.connect(proxy.store / ".state" / "index.sqlite")) as index,
+        index,
+    ):
+        index.execute("UPDATE used SET at = at - 7200")
+    assert "removed 1 file," in on(proxy, "gc", "--older-than", "1h").stdout
+
+
+def test_what_is_being_read_survives_gc(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
+    """A NAR on its way to a client is not removed; it is when the client is done."""
+    large = StoreEntry.make("large", os.urandom(20_000_000), compression="none")
+    proxy = daemon(threaded_sim(large).url)
+    target = f"/nar/{large.hash_part}-{large.nar_hash}.nar"
+    proxy.get(target)
+    proxy.wait_for_log("stored")
+    with urllib.request.urlopen(proxy.url + target, timeout=60) as answer:  # noqa: S310 - http
+        begun = answer.read(1_000)
+        assert on(proxy, "gc", "--max-size", "0").stdout.startswith("removed 0 files")
+        assert begun + answer.read() == bytes(large.file)
+    assert "removed 1 file," in on(proxy, "gc", "--max-size", "0").stdout
+
+
+# --- stores that are somebody else's --------------------------------------------------------------
+
+
+def test_somebody_elses_store_is_left_alone(tmp_path: Path) -> None:
+    """A folder of another user is refused with one line, also where we could write to it."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give folders away")
+    store = tmp_path / "store"
+    store.mkdir(mode=0o777)
+    os.chown(store, 65534, 65534)
+    done = run("serve", "--listen", "127.0.0.1:0", "--store", store, cwd=tmp_path)
+    assert_failed(done, 1, str(store), "belongs to user 65534")
+    assert list(store.iterdir()) == []
+
+
+def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    """A user without the right to write gets one line, and nothing is changed."""
+    store = tmp_path / "store"
+    store.mkdir()
+    let_everybody_in(store)
+    done = run_as_nobody("serve", "--listen", "127.0.0.1:0", "--store", store / "below")
+    assert_failed(done, 1, str(store), "Permission denied")
+    assert list(store.iterdir()) == []
+
+
+def test_a_size_that_is_none(tmp_path: Path) -> None:
+    """A max_size that is no size: one line with file, line and key, and no store is made."""
+    file = tmp_path / "config.toml"
+    file.write_text(f'[store]\npath = "{tmp_path}/store"\nmax_size = "plenty"\n')
+    for command in (["serve"], ["gc"], ["pins"]):
+        done = run(*command, "--config", file, cwd=tmp_path)
+        assert_failed(done, 2, f"{file}:3: store.max_size:", "plenty")
+    assert not (tmp_path / "store").exists()

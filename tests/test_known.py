@@ -89,7 +89,7 @@ async def knowledge(tmp_path: Path) -> AsyncIterator[Knowledge]:
     async with AsyncExitStack() as stack:
         knowledge = Knowledge(tmp_path, stack)
         # The scan at the start removes narinfos without NAR, damaged ones among them.
-        assert await asyncio.to_thread(knowledge.store._index.wait_scanned, 20)
+        assert await asyncio.to_thread(knowledge.store.index.wait_scanned, 20)
         yield knowledge
 
 

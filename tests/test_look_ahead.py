@@ -19,7 +19,7 @@ from proxy.events import Evicted, FastlaneServed, RequestServed
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import parse_hash_part
 from proxy.prefetch import LookAhead
-from proxy.store import index
+from proxy.store import index, room
 from proxy.store.eviction import Limits
 from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunDaemon, RunSimulator, StartSimulator
@@ -530,8 +530,11 @@ async def test_a_client_that_does_not_wait(sim: StartSimulator, start: Start) ->
 # --- the room in the store ----------------------------------------------------------------------
 
 
-async def test_a_full_store(sim: StartSimulator, start: Start) -> None:
+async def test_a_full_store(
+    sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without room nothing is fetched ahead, and narinfos are walked all the same."""
+    monkeypatch.setattr(room, "overhead", lambda _layout: 0)
     leaf = entry("leaf")
     root = entry("root", 100_000, leaf)
     cache = await sim(root, leaf)
@@ -896,17 +899,18 @@ async def test_nothing_is_evicted_for_it(
     sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was asked for stays; what is fetched ahead takes only the room that is left."""
+    monkeypatch.setattr(room, "overhead", lambda _layout: 0)
     monkeypatch.setattr(index, "COMMIT_INTERVAL", 0.2)
-    asked_for, ahead = entry("asked-for", 700_000), entries("ahead", 10, 100_000)
+    asked_for, ahead = entry("asked-for", 7_000_000), entries("ahead", 10, 1_000_000)
     cache = await sim(asked_for, *ahead)
     proxy = await start(
-        cache, LookAhead(narinfos=False, nars=False), limits=Limits(max_size=1_000_000)
+        cache, LookAhead(narinfos=False, nars=False), limits=Limits(max_size=10_000_000)
     )
     async with Visitor(proxy, "127.0.0.2") as visitor:
         await visitor.narinfos(asked_for)
         await visitor.nar(asked_for)
         await proxy.idle()
-    await proxy.eventually(lambda: proxy.store.room < 300_000)
+    await proxy.eventually(lambda: proxy.store.room < 3_000_000)
     proxy.prefetch.configure(NARS_ONLY)
     async with Visitor(proxy) as visitor:
         await visitor.narinfos(*ahead)
@@ -917,4 +921,4 @@ async def test_nothing_is_evicted_for_it(
 
     assert 1 <= len(fetched) <= 2
     assert proxy.observed(Evicted) == []
-    assert proxy.store.totals.bytes <= 950_000
+    assert proxy.store.totals.bytes <= 9_500_000

@@ -58,7 +58,7 @@ def test_make_targets_exist(page: str) -> None:
 def test_commands_and_flags_exist() -> None:
     """Each subcommand of ours in the README exists, and has the flags that it is given there."""
     named = list(commands(README, ".venv/bin/nix-cache-proxy"))
-    assert {words[0] for words in named} == {"serve", "check-config", "status"}
+    assert {words[0] for words in named} == set(_commands())
 
     for command, *arguments in named:
         assert _flags(arguments) <= _flags(_help(command).split())
@@ -74,9 +74,14 @@ def test_arguments_for_make_run_are_flags() -> None:
     )
 
 
-def _help(command: str) -> str:
+def _commands() -> list[str]:
+    """Return every subcommand there is."""
+    return re.findall(r"^  ([a-z][a-z-]*)  ", _help(), re.MULTILINE)
+
+
+def _help(*command: str) -> str:
     return subprocess.run(
-        [sys.executable, "-m", "proxy", command, "--help"],
+        [sys.executable, "-m", "proxy", *command, "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,

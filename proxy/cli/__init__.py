@@ -9,8 +9,12 @@ import typer
 
 from proxy import __version__
 from proxy.cli.check_config import check_config
+from proxy.cli.gc import gc
+from proxy.cli.pin import pin
+from proxy.cli.pins import pins
 from proxy.cli.serve import serve
 from proxy.cli.status import status
+from proxy.cli.unpin import unpin
 from proxy.cli.verify import verify
 from proxy.errors import ConfigError, ProxyError
 
@@ -24,8 +28,8 @@ app = typer.Typer(
 )
 app.command(short_help="Run the daemon in the foreground.")(serve)
 app.command()(check_config)
-app.command()(status)
-app.command()(verify)
+for command in (status, pin, unpin, pins, gc, verify):
+    app.command()(command)
 
 
 @app.callback()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from proxy.cli import assembly
+from proxy.cli.handlers import StoreCommands
 from proxy.cli.options import configuration
 from proxy.config import Config
 from proxy.control import client
 from proxy.control.client import Progress
+from proxy.errors import NotRunningError
+from proxy.events import ignore
+from proxy.pins import FromStore, Pins
+from proxy.store.eviction import Limits
+from proxy.store.folder import Store
 from proxy.store.layout import Layout
 
 
@@ -35,3 +43,45 @@ def ask_daemon(
         CommandError: It cannot be done.
     """
     return client.ask(Layout(config.store.path).control, command, arguments, progress)
+
+
+def ask_anybody(
+    config: Config,
+    command: str,
+    arguments: Mapping[str, Any],
+    progress: Progress = lambda _told: None,
+) -> Mapping[str, Any]:
+    """Have the running daemon carry out a command; without one, do it on the store alone.
+
+    Raises:
+        NotRunningError: No daemon has the store, and there is no store.
+        CommandError: It cannot be done.
+        StoreError: The store cannot be used, or somebody else has it.
+    """
+    try:
+        return ask_daemon(config, command, arguments, progress)
+    except NotRunningError:
+        if not Layout(config.store.path).cache_info.exists():
+            raise
+    return asyncio.run(_alone(config, command, arguments, progress))
+
+
+async def _alone(
+    config: Config,
+    command: str,
+    arguments: Mapping[str, Any],
+    progress: Callable[[Mapping[str, Any]], None],
+) -> Mapping[str, Any]:
+    """Carry out a command on the store, under its lock."""
+
+    async def tell(told: Mapping[str, Any]) -> None:  # as a daemon's does
+        progress(told)
+
+    limits = Limits(config.store.max_size, config.store.min_free)
+    store = Store(config.store.path, assembly.cache_info(config), ignore, limits)
+    try:
+        pins = Pins(store, FromStore(store), limits)
+        commands = StoreCommands(store, pins, lambda: config).table()
+        return await commands[command](arguments, tell)
+    finally:
+        await store.close()

@@ -15,18 +15,20 @@ from proxy import __version__
 from proxy.cache import Cache
 from proxy.cli import assembly, systemd
 from proxy.cli.front import Front, Workers, one_process, setup
-from proxy.cli.handlers import Handlers
+from proxy.cli.handlers import DaemonCommands, StoreCommands
 from proxy.cli.logs import EventLog, log
 from proxy.cli.operations import Operations
 from proxy.config import Config, UnixListen
 from proxy.control.server import taking_commands
-from proxy.errors import ConfigError, ListenError
+from proxy.errors import ConfigError, ListenError, StoreError
 from proxy.events import BreakerClosed, ConfigReloaded, Event, Fault, Mode, ModeChanged, Observer
 from proxy.failover import Failover
 from proxy.metrics import Metrics
+from proxy.pins import FromUpstreams, Pins
 from proxy.prefetch import Prefetch
 from proxy.server import collector
 from proxy.server.listening import Address
+from proxy.sizes import readable
 from proxy.store.eviction import Limits
 from proxy.store.folder import Store
 from proxy.upstream.breaker import State
@@ -179,7 +181,10 @@ class Daemon:
         self, store: Store, cache: Cache, addresses: Sequence[str]
     ) -> AsyncIterator[None]:
         """Let commands reach us; where there can be no socket, we serve all the same."""
-        commands = Handlers(store, cache, lambda: self._config, addresses).table()
+        pins = Pins(store, FromUpstreams(cache, store), store.limits)
+        looking = asyncio.create_task(_warn_of_excess(pins))
+        on_store = StoreCommands(store, pins, lambda: self._config)
+        commands = DaemonCommands(on_store, cache, addresses).table()
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(
@@ -187,7 +192,10 @@ class Daemon:
                 )
             except ListenError as error:
                 log.warning("commands cannot reach this daemon", reason=str(error))
-            yield
+            try:
+                yield
+            finally:
+                looking.cancel()
 
     def _addresses(self) -> Sequence[Address]:
         """Where to listen: on what systemd opened for us, or else where the configuration says."""
@@ -254,6 +262,13 @@ class Daemon:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
+
+
+async def _warn_of_excess(pins: Pins) -> None:
+    """Say it when more is pinned than the limits leave room for: eviction cannot go below that."""
+    with contextlib.suppress(StoreError):
+        if excess := await pins.excess():
+            log.warning("more is pinned than max_size leaves room for", excess=readable(excess))
 
 
 async def _retire(failover: Failover, cache: Cache) -> None:

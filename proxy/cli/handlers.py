@@ -1,51 +1,136 @@
-"""What commands have the daemon do: from their arguments to their results, both as JSON."""
+"""What commands have done: from their arguments to their results, both as JSON."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from proxy import __version__
 from proxy.cache import Cache
+from proxy.collection import collect
 from proxy.config import Config
 from proxy.control.server import Command, Tell
+from proxy.errors import CommandError, ParseError
+from proxy.nix.store_path import StorePath
+from proxy.pins import Pins, PinState, Progress
+from proxy.store.eviction import most_to_pin
 from proxy.store.folder import Store
 
 
 @dataclass(frozen=True, slots=True)
-class Handlers:
-    """The commands of a running daemon.
+class StoreCommands:
+    """What can be done with a store, be there a daemon or not.
 
     Attributes:
-        store: Its store.
-        cache: Its cache.
+        store: The store.
+        pins: Its pins.
         config: Returns the configuration in force.
-        listen: Where it listens.
     """
 
     store: Store
-    cache: Cache
+    pins: Pins
     config: Callable[[], Config]
+
+    def table(self) -> dict[str, Command]:
+        """Return what can be asked for, by name."""
+        return {"pin": self.pin, "unpin": self.unpin, "pins": self.list_pins, "gc": self.gc}
+
+    async def pin(self, arguments: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+        """Keep closures under a name: ``name``, ``paths``."""
+
+        async def tell_progress(progress: Progress) -> None:
+            await tell(asdict(progress))
+
+        match arguments:
+            case {"name": str(name), "paths": [_, *_] as paths}:
+                roots = [_store_path(each) for each in paths]
+            case _:
+                raise CommandError("pin takes a name and store paths")
+        return _pin(await self.pins.pin(name, roots, tell_progress))
+
+    async def unpin(self, arguments: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        """Let go of a pin: ``name``."""
+        match arguments:
+            case {"name": str(name)}:
+                await self.pins.unpin(name)
+                return {}
+            case _:
+                raise CommandError("unpin takes a name")
+
+    async def list_pins(self, _arguments: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+        """Tell of every pin; the result is how much can be pinned at all."""
+        for pin in await self.pins.all():
+            await tell(_pin(pin))
+        return {"limit": most_to_pin(self.store.limits)}
+
+    async def gc(self, arguments: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+        """Evict: ``size`` and ``older_than`` (seconds) or None, ``dry_run``. Tells of all that goes."""
+        match arguments:
+            case {
+                "size": int() | None as size,
+                "older_than": int() | float() | None as older_than,
+                "dry_run": bool(dry_run),
+            }:
+                since = None if older_than is None else int(time.time() - older_than)
+            case _:
+                raise CommandError("gc takes a size, an age, and whether it is for real")
+        count = freed = 0
+        before, _ = await asyncio.wrap_future(self.store.index.measure())
+        async for page in collect(self.store, size=size, unused_since=since, dry_run=dry_run):
+            count += len(page)
+            freed += sum(each.size for each in page)
+            await tell({"gone": [asdict(each) for each in page]})
+        return {"files": count, "bytes": freed, "before": before}
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonCommands:
+    """The commands of a running daemon.
+
+    Attributes:
+        store: What can be done with its store.
+        cache: Its cache.
+        listen: Where it listens.
+    """
+
+    store: StoreCommands
+    cache: Cache
     listen: Sequence[str]
 
     def table(self) -> dict[str, Command]:
         """Return what can be asked for, by name."""
-        return {"status": self.status}
+        return {**self.store.table(), "status": self.status}
 
     async def status(self, _arguments: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         """Say what the daemon is and has."""
-        config = self.config()
+        config, store = self.store.config(), self.store.store
         return {
             "pid": os.getpid(),
             "version": __version__,
             "listen": [*self.listen],
-            "store": str(self.store.layout.root),
-            "paths": self.store.totals.paths,
-            "bytes": self.store.totals.bytes,
-            "max_size": config.store.max_size,
-            "min_free": config.store.min_free,
+            "store": str(store.layout.root),
+            "paths": store.totals.paths,
+            "bytes": store.totals.bytes,
+            "folder_bytes": store.index.used_bytes,
+            "max_size": store.limits.max_size,
+            "min_free": store.limits.min_free,
+            "not_keeping": store.not_keeping,
+            "pins": len(await self.store.pins.all()),
             "fetches": self.cache.fetches_in_flight,
             "upstreams": [{"name": each.name, "url": each.url} for each in config.upstreams],
         }
+
+
+def _store_path(text: object) -> StorePath:
+    try:
+        return StorePath.parse(str(text))
+    except ParseError as error:
+        raise CommandError(f"{str(text)[:300]!r} is no store path: {error.reason}") from error
+
+
+def _pin(pin: PinState) -> Mapping[str, Any]:
+    return {**asdict(pin), "roots": [str(path) for path in pin.roots]}

@@ -43,6 +43,7 @@ TrustedKeys = Annotated[
         "--trusted-key", metavar="KEY", help="name:base64, in addition to the configured ones."
     ),
 ]
+PinName = Annotated[str, typer.Argument(metavar="NAME", help="Letters, digits, '.', '_' and '-'.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, for programs, instead of a text.")
 ]

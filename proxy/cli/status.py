@@ -8,7 +8,7 @@ import typer
 
 from proxy.cli.asking import ask_daemon, configured
 from proxy.cli.options import AsJson, ConfigFile, StorePath
-from proxy.cli.wording import size
+from proxy.sizes import paths, readable
 
 
 def status(
@@ -22,11 +22,15 @@ def status(
     if as_json:
         typer.echo(json.dumps(told, indent=2))
         return
-    limit = f" of at most {size(told['max_size'])}" if told["max_size"] else ""
+    limit = f" of at most {readable(told['max_size'])}" if told["max_size"] else ""
     typer.echo(f"running   process {told['pid']}, version {told['version']}")
     typer.echo(f"listen    {', '.join(told['listen'])}")
     typer.echo(f"store     {told['store']}")
-    typer.echo(f"kept      {told['paths']} paths, {size(told['bytes'])}{limit}")
+    typer.echo(f"kept      {paths(told['paths'])}, {readable(told['bytes'])}")
+    typer.echo(f"folder    {readable(told['folder_bytes'])}{limit}")
+    if told["not_keeping"]:
+        typer.echo(f"failing   nothing is kept: {told['not_keeping']}")
+    typer.echo(f"pins      {told['pins']}")
     typer.echo(f"fetching  {told['fetches']}")
     for upstream in told["upstreams"]:
         typer.echo(f"upstream  {upstream['name']} {upstream['url']}")

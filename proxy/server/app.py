@@ -187,6 +187,7 @@ class Server:
                 outcome.route = "narinfo"
                 text = await self._cache.narinfo(hash_part)
                 outcome.result = text.result
+                self.lane.used_path(hash_part)
                 self.prefetch.asked_path(_client_of(request), hash_part)
                 headers = narinfo_headers(text.result, text.upstream)
                 return web.Response(body=text.body, headers=headers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Protocol
 
 from proxy.answers import Content
@@ -86,6 +86,9 @@ class Cache(Protocol):
 
     def used(self, name: NarName) -> None:
         """Note that a NAR of the store was given to somebody past this cache."""
+
+    def used_paths(self, hash_parts: Collection[HashPart]) -> None:
+        """Note that the narinfos of paths were given to somebody."""
 
     async def narinfo(self, hash_part: HashPart) -> Text:
         """Return a path's narinfo."""

@@ -102,6 +102,7 @@ class _Narinfo:
     def _write(self, known: HotNarinfo) -> None:
         lane = self._lane
         lane.cache.touch_narinfo(self._hash_part)
+        lane.used_path(self._hash_part)
         about = tail(narinfo_headers(HIT, known.origin), len(known.body))
         known.answer = lane.found + about + known.body
         known.answered_in = lane.second
@@ -150,6 +151,7 @@ class FastLane:
         self.absences = _Count("narinfo", HTTPStatus.NOT_FOUND, "")
         self.nars = _Count("nar", HTTPStatus.OK, HIT)
         self._removals = cache.removals
+        self._used_paths: set[HashPart] = set()
 
     def lookup(self, target: bytes) -> Lookup | None:
         """Return what looks up a target, now and whenever it is asked for, or None if this lane cannot.
@@ -176,13 +178,20 @@ class FastLane:
             headers = tail(file_headers(NAR_TYPE, content.etag, HIT, content.upstream), file.size)
             self._nars.put(target.encode("latin-1", "replace"), _SmallNar(name, headers, body))
 
+    def used_path(self, hash_part: HashPart) -> None:
+        """Note that somebody was given a narinfo, here or in the other lane."""
+        self._used_paths.add(hash_part)
+
     def flush(self) -> None:
-        """Tell what was answered since the last time, and which NARs were used; forget what is gone."""
+        """Tell what was answered since the last time, and which paths were used; forget what is gone."""
         for count in (self.narinfos, self.absences, self.nars):
             if count.requests:
                 told = (count.route, int(count.code), count.result)
                 self._observer(FastlaneServed(*told, count.requests, count.body_bytes))
                 count.requests = count.body_bytes = 0
+        if self._used_paths:
+            self.cache.used_paths(self._used_paths)
+            self._used_paths = set()
         for target, nar in self._nars.items():
             if nar.used:
                 nar.used = False

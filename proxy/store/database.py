@@ -75,6 +75,10 @@ class Database:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        # Temporary: the pins themselves are files, which this follows.
+        connection.executescript(
+            "PRAGMA temp_store = MEMORY; CREATE TEMP TABLE pinned (hash TEXT PRIMARY KEY) WITHOUT ROWID;"
+        )
         self.totals = self._count()
 
     @classmethod
@@ -146,6 +150,29 @@ class Database:
             (use for use in uses if not use[0].endswith(NARINFO_SUFFIX)),
         )
 
+    def use_paths(self, hash_parts: Iterable[str], at: int) -> None:
+        """Enter when the narinfos of paths were used: their NARs count as used then, too."""
+        self._connection.executemany(
+            "UPDATE used SET at = max(at, ?) WHERE name > ? AND name < ?",
+            ((at, *_nars_of(hash_part)) for hash_part in hash_parts),
+        )
+
+    def pin(self, hash_parts: Iterable[str]) -> None:
+        """Take nothing of these paths for a candidate any more; replaces what was said before."""
+        with self._connection:
+            self._connection.execute("DELETE FROM pinned")
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO pinned VALUES (?)", ((each,) for each in hash_parts)
+            )
+
+    def sizes(self, hash_part: str) -> tuple[int, int] | None:
+        """Return what the narinfo and the NARs of a path take; None unless it is here whole."""
+        narinfo = self._size_of(hash_part + NARINFO_SUFFIX)
+        row = self._connection.execute(
+            "SELECT sum(size) FROM entry WHERE name > ? AND name < ?", _nars_of(hash_part)
+        ).fetchone()
+        return None if narinfo is None or row[0] is None else (narinfo, int(row[0]))
+
     def remove(self, name: str) -> None:
         """Forget a file that is gone."""
         size = self._size_of(name)
@@ -155,15 +182,34 @@ class Database:
         self._connection.execute("DELETE FROM entry WHERE name = ?", (name,))
         self._connection.execute("DELETE FROM used WHERE name = ?", (name,))
 
-    def oldest(self, most: int) -> Iterator[Candidate]:
-        """Return what was used least recently first: NARs, with the size of their narinfos, and files."""
+    def oldest(self, most: int, after: Candidate | None = None) -> list[Candidate]:
+        """Return what was used least recently first: NARs, with the size of their narinfos, and files.
+
+        What is pinned is passed over.
+
+        Args:
+            most: How many to return at most.
+            after: The last one that was returned before.
+        """
         rows = self._connection.execute(
-            "SELECT entry.name, entry.size FROM used JOIN entry USING (name) ORDER BY at LIMIT ?",
-            (most,),
+            "SELECT entry.name, entry.size, at FROM used JOIN entry USING (name)"
+            " WHERE (at, used.name) > (?, ?)"
+            " AND substr(used.name, 5, 32) NOT IN (SELECT hash FROM pinned)"
+            " ORDER BY at, used.name LIMIT ?",
+            (-1, "", most) if after is None else (after.used, after.name, most),
         ).fetchall()
-        for name, size in rows:
-            narinfo = narinfo_of(name)
-            yield Candidate(name, size + ((narinfo and self._size_of(narinfo)) or 0))
+        return [Candidate(name, size + self._size_of_narinfo(name), at) for name, size, at in rows]
+
+    def candidates(self, names: Iterable[str]) -> Iterator[Candidate]:
+        """Return those of the files that could be evicted: which are here, and not pinned."""
+        for name in names:
+            row = self._connection.execute(
+                "SELECT size FROM entry WHERE name = ?"
+                " AND substr(name, 5, 32) NOT IN (SELECT hash FROM pinned)",
+                (name,),
+            ).fetchone()
+            if row is not None:
+                yield Candidate(name, row[0] + self._size_of_narinfo(name))
 
     def _put(self, name: str, size: int, origin: str) -> None:
         """Keep the totals right, too, without adding up a million rows."""
@@ -178,12 +224,21 @@ class Database:
         row = self._connection.execute("SELECT size FROM entry WHERE name = ?", (name,)).fetchone()
         return None if row is None else int(row[0])
 
+    def _size_of_narinfo(self, name: str) -> int:
+        narinfo = narinfo_of(name)
+        return 0 if narinfo is None else self._size_of(narinfo) or 0
+
     def _count(self) -> Totals:
         total, paths = self._connection.execute(
             "SELECT coalesce(sum(size), 0), coalesce(sum(name LIKE ?), 0) FROM entry",
             (f"%{NARINFO_SUFFIX}",),
         ).fetchone()
         return Totals(total, paths)
+
+
+def _nars_of(hash_part: str) -> tuple[str, str]:
+    """Return what the names of a path's NARs lie between: they are ``nar/<hash part>-…``."""
+    return f"nar/{hash_part}-", f"nar/{hash_part}."
 
 
 def narinfo_of(name: str) -> str | None:

@@ -1,7 +1,8 @@
-"""What to remove when the disk gets full. Decides; touches nothing.
+"""What to remove when the disk gets full, or an operator says so. Decides; touches nothing.
 
 Eviction begins before a limit is reached and goes on below that mark, so that it comes in batches and
-not with every file that is added. What was used least recently goes first.
+not with every file that is added. What was used least recently goes first; what is pinned, or being read
+or written, does not go at all.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ UNLIMITED = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A file that can be evicted, with the narinfo that goes with it: ``size`` is that of both."""
+    """A file that can be evicted, with the narinfo that goes with it: ``size`` is that of both.
+
+    ``used`` is when it was used last, in seconds since the epoch.
+    """
 
     name: str
     size: int
+    used: int = 0
 
 
 def excess(limits: Limits, *, used: int, free: int) -> int:
@@ -46,8 +51,14 @@ def excess(limits: Limits, *, used: int, free: int) -> int:
         used: Bytes in the store.
         free: Bytes free on its file system.
     """
-    too_large = used - int(limits.max_size * LOW) if used > limits.max_size * HIGH else 0
-    over_size = too_large if limits.max_size else 0
+    if limits.max_size and used > limits.max_size * HIGH:
+        return beyond(limits, used=used, free=free)
+    return max(0, limits.min_free - free)
+
+
+def beyond(limits: Limits, *, used: int, free: int) -> int:
+    """Return how many bytes are beyond the marks at which eviction ends."""
+    over_size = used - int(limits.max_size * LOW) if limits.max_size else 0
     return max(0, over_size, limits.min_free - free)
 
 
@@ -57,11 +68,18 @@ def room(limits: Limits, *, used: int, free: int) -> int:
     return max(0, min(over_size, free - limits.min_free))
 
 
-def choose(oldest_first: Iterable[Candidate], wanted: int) -> list[Candidate]:
-    """Return the first candidates whose sizes together reach ``wanted`` bytes."""
+def most_to_pin(limits: Limits) -> int | None:
+    """Return how many bytes can be pinned so that eviction can still reach its mark; None for any number."""
+    return int(limits.max_size * LOW) if limits.max_size else None
+
+
+def choose(
+    oldest_first: Iterable[Candidate], wanted: int, unused_since: int | None = None
+) -> list[Candidate]:
+    """Return the first candidates: those whose sizes reach ``wanted`` bytes, and those not used since."""
     chosen: list[Candidate] = []
     for candidate in oldest_first:
-        if wanted <= 0:
+        if wanted <= 0 and (unused_since is None or candidate.used >= unused_since):
             break
         chosen.append(candidate)
         wanted -= candidate.size

@@ -1,9 +1,14 @@
-"""Files as the rest of the proxy holds them: open for reading, or partial and growing."""
+"""Files as the rest of the proxy holds them: open for reading, or partial and growing.
+
+Whoever reads or writes a file holds a shared flock(2) on it, which the kernel takes back when the last
+descriptor is closed, also of a process that dies; so `in_use` sees all of them, whatever process they are in.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +41,33 @@ def reading(what: str) -> Iterator[None]:
         raise
 
 
+def in_use(path: Path) -> bool:
+    """Tell whether anybody reads or writes a file, where files can be locked (on NFS they cannot be).
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
+def _claim(fd: int) -> None:
+    """Let `in_use` know. Where files cannot be locked, an evicted one is still read to its end."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
 class OpenFile:
     """A complete file, open for reading. Whoever has it closes it.
 
@@ -62,6 +94,7 @@ class OpenFile:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 return None
+            _claim(fd)
             return cls(fd, os.fstat(fd).st_size)
 
     def check(self, size: int | None) -> None:
@@ -169,6 +202,7 @@ class Partial:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | mode, 0o644)
             if resume:
                 self.size = os.lseek(self._fd, 0, os.SEEK_END)
+        _claim(self._fd)
 
     def append(self, data: bytes) -> None:
         """Write all of ``data`` behind what is there.

@@ -25,7 +25,8 @@ from proxy.store.incoming import Incoming
 from proxy.store.index import Index
 from proxy.store.layout import SIDE_FOLDERS
 from proxy.store.leftovers import Lasting, Leftovers
-from proxy.store.lock import FolderLock
+from proxy.store.lock import FolderLock, refuse_foreign
+from proxy.store.pins import PinFiles
 from proxy.store.publisher import Publication, Publisher, Rename
 from proxy.store.quarantine import Quarantine
 from proxy.store.reader import StoreReader, read
@@ -64,6 +65,7 @@ class Store(StoreReader):
         limits: Limits = UNLIMITED,
     ) -> None:
         super().__init__(root)
+        self.limits, self.pins = limits, PinFiles(self.layout)
         self._observer = observer
         self._loop = asyncio.get_running_loop()
         self._serial = itertools.count()
@@ -73,6 +75,7 @@ class Store(StoreReader):
         self._quarantine = Quarantine(self.layout)
         self._leftovers = Leftovers(self.layout.partials)
         with disk(f"cannot use {root} as the store"):
+            refuse_foreign(root)
             self._make_folders()
             self._lock = FolderLock(self.layout)
             try:
@@ -82,8 +85,12 @@ class Store(StoreReader):
             except BaseException:
                 self._lock.release()
                 raise
-        self._index = Index(
-            self.layout, self._on_index_failure, limits=limits, on_evicted=self._on_evicted
+        self.index = Index(
+            self.layout,
+            self._on_index_failure,
+            limits=limits,
+            on_evicted=self._on_evicted,
+            pinned=self.pins.hash_parts(),
         )
         self._publisher = Publisher(self._on_published)
         self._watch = Watch(self._probe, observer)
@@ -97,17 +104,17 @@ class Store(StoreReader):
     @property
     def totals(self) -> Totals:
         """Bytes and paths in the store; grows while a scan after an unclean stop goes on."""
-        return self._index.totals
+        return self.index.totals
 
     @property
     def scanned(self) -> bool:
         """Whether `totals` is all that there is: no scan goes on."""
-        return self._index.scanned
+        return self.index.scanned
 
     @property
     def room(self) -> int:
         """Bytes that can be kept before anything has to be evicted."""
-        return 0 if self.not_keeping else self._index.room
+        return 0 if self.not_keeping else self.index.room
 
     async def check(self) -> str:
         """Find out, by writing, whether the disk keeps anything; return `not_keeping`."""
@@ -118,7 +125,7 @@ class Store(StoreReader):
         self._tidying.cancel()
         await self._watch.close()
         await asyncio.to_thread(self._publisher.close)
-        await asyncio.to_thread(self._index.close)
+        await asyncio.to_thread(self.index.close)
         self._lock.release()
 
     def narinfo(self, hash_part: HashPart) -> bytes | None:
@@ -150,6 +157,7 @@ class Store(StoreReader):
             with self._watched(), disk("cannot remember a narinfo"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._write(path, text)
+            self.index.remembered(path)
         except StoreError as error:
             self._observer(StoreFailed(path.name, str(error)))
 
@@ -177,7 +185,7 @@ class Store(StoreReader):
 
     def used(self, name: NarName) -> None:
         """Note that a NAR was used by somebody who had it open already."""
-        self._index.used(self.layout.nar(name))
+        self.index.used(self.layout.nar(name))
 
     def take_out(self, hash_part: HashPart, name: NarName | None, reason: str) -> None:
         """Take what is damaged out of the binary cache: it is here no more, and is fetched afresh.
@@ -199,7 +207,7 @@ class Store(StoreReader):
             self._loop.call_soon_threadsafe(self._observer, StoreFailed(what, str(error)))
         for path in (narinfo, nar):
             if path is not None and not path.exists():
-                self._index.removed(path)
+                self.index.removed(path)
         self._loop.call_soon_threadsafe(self._observer, Quarantined(what, reason))
 
     def verification(
@@ -254,7 +262,7 @@ class Store(StoreReader):
         try:
             await self._publish(Publication(renames, origin=origin, superseded=superseded))
         except StoreError:
-            self._index.added(nar, origin)  # it takes room, if it was renamed before that
+            self.index.added(nar, origin)  # it takes room, if it was renamed before that
             raise
 
     async def publish_narinfo(self, name: NarName, narinfo: bytes, *, origin: str) -> None:
@@ -332,7 +340,7 @@ class Store(StoreReader):
         for rename in publication.renames:
             self._quarantine.replaced(rename.target)
             self._withdraw_if_useless(rename.target)
-            self._index.added(rename.target, publication.origin)
+            self.index.added(rename.target, publication.origin)
         self._loop.call_soon_threadsafe(
             self._observer, Published(publication.renames[0].target.name, publication.origin)
         )
@@ -357,7 +365,7 @@ class Store(StoreReader):
     def _open(self, path: Path) -> OpenFile | None:
         file = super()._open(path)
         if file is not None:
-            self._index.used(path)
+            self.index.used(path)
         return file
 
     def _written(self, content: bytes) -> Path:

@@ -12,29 +12,30 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from proxy.store.database import Database, Totals, narinfo_of
-from proxy.store.eviction import UNLIMITED, Limits, choose, excess, room
+from proxy.errors import StoreError
+from proxy.nix.store_path import HashPart
+from proxy.store.database import Database, Totals
+from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.layout import Layout
-from proxy.store.scan import Found, disk_usage, forget_old_narinfos, nar_of, scan
+from proxy.store.room import Room
+from proxy.store.scan import Found, disk_usage, scan
+
+T = TypeVar("T")
 
 COMMIT_INTERVAL = 1.0
 """Seconds that notes wait for company before they are written in one transaction."""
 
 SLICE = 2_000
 """Files looked at in one go of a scan: a few milliseconds."""
-
-DAY = 24 * 3600.0
-
-EVICTION = 256
-"""Files evicted in one go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,24 @@ class _Removed:
     name: str
 
 
-_Note = _Added | _Used | _Removed
+@dataclass(frozen=True, slots=True)
+class _PathsUsed:
+    hash_parts: Collection[HashPart]
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    answer: Callable[[Database], Any]
+    future: Future[Any]
+
+
+_Note = _Added | _Used | _Removed | _PathsUsed | _Remembered | _Question
 
 
 class Index:
@@ -67,6 +85,7 @@ class Index:
             then goes on in memory, since losing it costs a scan and nothing else.
         limits: What the store may take.
         on_evicted: Called on the index's thread with the name and the size of what was evicted.
+        pinned: Paths of which nothing is evicted, to begin with: see `pin`.
     """
 
     def __init__(
@@ -76,19 +95,19 @@ class Index:
         *,
         limits: Limits = UNLIMITED,
         on_evicted: Callable[[str, int], None] = lambda _name, _size: None,
+        pinned: Collection[HashPart] = (),
     ) -> None:
         self._layout = layout
         self._on_failure = on_failure
-        self._limits = limits
-        self._on_evicted = on_evicted
+        self._pinned = pinned
+        self._questions: list[_Question] = []
         self._notes: queue.SimpleQueue[_Note | None] = queue.SimpleQueue()
         self._totals = Totals(0, 0)
-        self._room = 0
+        self._room = Room(layout, limits, on_failure, on_evicted)
         self._scanned = threading.Event()
         self._closing = False
         self._agrees = True
         self._evicting = False
-        self._forgot_at = -DAY
         self._thread = threading.Thread(target=self._run, name="index", daemon=True)
         self._thread.start()
 
@@ -100,7 +119,12 @@ class Index:
     @property
     def room(self) -> int:
         """Bytes that can be kept before anything has to be evicted; as of the last transaction."""
-        return self._room
+        return self._room.left
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that the whole folder takes, as ``du`` counts them; as of the last transaction."""
+        return self._room.used
 
     @property
     def scanned(self) -> bool:
@@ -124,6 +148,64 @@ class Index:
         """Note that a client was given a file. Called from any thread; cheap."""
         self._notes.put(_Used(self._name(path), int(time.time())))
 
+    def used_paths(self, hash_parts: Collection[HashPart]) -> None:
+        """Note that clients were given the narinfos of paths. Called from any thread; cheap."""
+        self._notes.put(_PathsUsed(hash_parts, int(time.time())))
+
+    def remembered(self, path: Path) -> None:
+        """Note that a narinfo is remembered, whose NAR is not here. Called from any thread."""
+        with contextlib.suppress(OSError):
+            self._notes.put(_Remembered(disk_usage(path.stat())))
+
+    def ask(self, answer: Callable[[Database], T]) -> Future[T]:
+        """Have a question answered from the database, once it agrees with the folder.
+
+        Args:
+            answer: Called on the index's thread, where all else waits for it: it does not take long.
+
+        Returns:
+            The answer; fails with `StoreError` when there will be none.
+        """
+        future: Future[T] = Future()
+        self._notes.put(_Question(answer, future))
+        if not self._thread.is_alive():
+            self._refuse_questions()
+        return future
+
+    def pin(self, hash_parts: Collection[HashPart]) -> Future[None]:
+        """Evict nothing of these paths from now on; replaces what was said before.
+
+        Returns:
+            Resolves when that is in force, and nothing of them is being evicted any more.
+        """
+
+        def pin(database: Database) -> None:
+            self._pinned = hash_parts
+            database.pin(hash_parts)
+
+        return self.ask(pin)
+
+    def measure(self) -> Future[tuple[int, int]]:
+        """Look how much the whole folder takes now.
+
+        Returns:
+            Bytes, and how many of them are beyond the marks at which eviction ends.
+        """
+
+        def measure(database: Database) -> tuple[int, int]:
+            self._room.measure(database)
+            return self._room.used, self._room.beyond
+
+        return self.ask(measure)
+
+    def evict(self, names: Collection[str]) -> Future[list[str]]:
+        """Evict some files, but nothing that is pinned or in use. Some hundreds at a time, at most.
+
+        Returns:
+            The names of what is gone.
+        """
+        return self.ask(lambda database: self._room.evict(database, names))
+
     def close(self) -> None:
         """Write what is pending and close. Blocks; call it off the event loop."""
         self._notes.put(None)
@@ -141,6 +223,7 @@ class Index:
             if not self._closing:
                 self._scanned.clear()
                 self._keep(Database.in_memory(), agrees=False)
+        self._refuse_questions()
 
     def _keep(self, database: Database, *, agrees: bool) -> None:
         """Take notes until the end, and first scan the folder unless the index agrees with it."""
@@ -149,16 +232,19 @@ class Index:
             database.start_over()
             found = scan(self._layout)
         self._totals = database.totals
+        database.pin(self._pinned)
         if agrees:
-            self._measure(database)
+            self._room.measure(database)
             self._scanned.set()
         while not self._closing:
             if not self._scanned.is_set():
                 self._scan_slice(database, found)
             self._write(database, self._gather())
             if self._scanned.is_set():
-                self._evict(database)
-                self._forget_daily()
+                self._answer(database)
+                self._room.forget()
+                self._evicting = self._room.make(database)
+                self._totals = database.totals
         database.close(agrees=self._agrees and self._scanned.is_set())
 
     def _scan_slice(self, database: Database, found: Iterator[Found]) -> None:
@@ -176,7 +262,7 @@ class Index:
         self._totals = database.totals
         if looked_at == 0:
             database.scanned()
-            self._measure(database)
+            self._room.measure(database)
             self._scanned.set()
 
     def _gather(self) -> list[_Note]:
@@ -191,7 +277,11 @@ class Index:
                 if note is None:
                     self._closing = True
                     break
-                notes.append(note)
+                if isinstance(note, _Question):
+                    self._questions.append(note)
+                    deadline = 0.0  # somebody waits
+                else:
+                    notes.append(note)
         return notes
 
     def _write(self, database: Database, notes: list[_Note]) -> None:
@@ -201,61 +291,28 @@ class Index:
                     database.add(note.name, note.size, note.origin)
                 elif isinstance(note, _Removed):
                     database.remove(note.name)
+                elif isinstance(note, _PathsUsed):
+                    database.use_paths(note.hash_parts, note.at)
+                elif isinstance(note, _Remembered):
+                    self._room.remembered(note.size)
             database.use({note.name: note.at for note in notes if isinstance(note, _Used)}.items())
         self._totals = database.totals
 
-    def _evict(self, database: Database) -> None:
-        """Remove what was used least recently, as long as a limit is exceeded."""
-        wanted = self._measure(database)
-        self._evicting = False
-        if wanted == 0:
-            return
-        with database.transaction():
-            for victim in choose(database.oldest(EVICTION), wanted):
-                try:
-                    self._remove(database, victim.name)
-                except OSError as error:
-                    self._on_failure(f"cannot evict {victim.name}: {error}")
-                else:
-                    self._evicting = True  # and at once again, until there is room
-                    self._on_evicted(victim.name, victim.size)
-        self._totals = database.totals
+    def _answer(self, database: Database) -> None:
+        questions, self._questions = self._questions, []
+        for question in questions:
+            try:
+                question.future.set_result(question.answer(database))
+            except Exception as error:  # noqa: BLE001  # nobody may wait for ever
+                question.future.set_exception(StoreError(f"the index does not answer: {error}"))
 
-    def _forget_daily(self) -> None:
-        if time.monotonic() - self._forgot_at > DAY:
-            self._forgot_at = time.monotonic()
-            forget_old_narinfos(self._layout)
-
-    def _measure(self, database: Database) -> int:
-        """Find out how much room there is, and return how many bytes are to be evicted."""
-        try:
-            disk = os.statvfs(self._layout.root)
-        except OSError:  # the folder has vanished; there is nothing to evict
-            self._room = 0
-            return 0
-        used, free = database.totals.bytes, disk.f_bavail * disk.f_frsize
-        self._room = room(self._limits, used=used, free=free)
-        return excess(self._limits, used=used, free=free)
-
-    def _remove(self, database: Database, name: str) -> None:
-        """Remove a file, and before a NAR its narinfo: without its NAR it would be a broken promise.
-
-        A narinfo that is published between the two is removed after it.
-        """
-        narinfo = narinfo_of(name)
-        self._remove_narinfo(database, narinfo, name)
-        (self._layout.root / name).unlink(missing_ok=True)
-        database.remove(name)
-        self._remove_narinfo(database, narinfo, name)
-
-    def _remove_narinfo(self, database: Database, narinfo: str | None, nar: str) -> None:
-        if narinfo is not None and self._leads_to(narinfo, nar):
-            (self._layout.root / narinfo).unlink(missing_ok=True)
-            database.remove(narinfo)
-
-    def _leads_to(self, narinfo: str, nar: str) -> bool:
-        """Tell whether a narinfo is that of a NAR, and not of the same path compressed otherwise."""
-        try:
-            return nar_of(self._layout.root / narinfo) == nar
-        except FileNotFoundError:
-            return False
+    def _refuse_questions(self) -> None:
+        """Nobody will answer any more."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                note = self._notes.get_nowait()
+                if isinstance(note, _Question):
+                    self._questions.append(note)
+        for question in self._questions:
+            question.future.set_exception(StoreError("the store is being closed"))
+        self._questions.clear()

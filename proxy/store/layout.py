@@ -22,6 +22,7 @@ class Layout:
         self.root = root
         self.cache_info = root / "nix-cache-info"
         self.nars = root / "nar"
+        self.pins = root / "pins"
         self.state = root / ".state"
         self.partials = self.state / "partial"
         self.remembered = self.state / "narinfo"

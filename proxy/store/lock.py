@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -66,6 +67,21 @@ def _device_of(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return path.stat().st_dev
+
+
+def refuse_foreign(root: Path) -> None:
+    """Leave alone a folder that is somebody else's: what we make there, they could not remove.
+
+    Raises:
+        StoreError: It is.
+        OSError: It cannot be looked at.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        owner = root.stat().st_uid
+        if owner != os.geteuid():
+            raise StoreError(
+                f"cannot use {root} as the store: it belongs to user {owner}, not to us"
+            )
 
 
 def _take(path: Path) -> int:

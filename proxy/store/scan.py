@@ -77,13 +77,46 @@ def remove_leftovers(layout: Layout) -> None:
             Path(entry.path).unlink()
 
 
-def forget_old_narinfos(layout: Layout, now: float | None = None) -> None:
-    """Remove remembered narinfos that no client remembers any more. Never fails."""
+def forget_narinfos(layout: Layout, most: int, now: float | None = None) -> int:
+    """Remove remembered narinfos that no client remembers any more, and the oldest beyond ``most`` bytes.
+
+    Never fails.
+
+    Returns:
+        Bytes on disk that are left.
+    """
     horizon = (time.time() if now is None else now) - REMEMBER_FOR
+    kept: list[tuple[float, int, str]] = []
     with contextlib.suppress(OSError):
         for entry in _files_below(layout.remembered):
-            if entry.stat().st_mtime < horizon:
-                Path(entry.path).unlink()
+            with contextlib.suppress(OSError):
+                status = entry.stat()
+                kept.append((status.st_mtime, disk_usage(status), entry.path))
+    left = sum(size for _, size, _ in kept)
+    for modified, size, path in sorted(kept):
+        if modified >= horizon and left <= most:
+            break
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+        left -= size
+    return left
+
+
+def overhead(layout: Layout) -> int:
+    """Return the bytes on disk of what is neither a cached file nor a remembered narinfo.
+
+    That is folders, the index, what is on its way, quarantine, and pins: with them, all that ``du`` counts.
+    """
+    total = 0
+    own = (layout.state, layout.partials, layout.pins, layout.quarantine)
+    for folder in (layout.root, layout.nars, *own):
+        with contextlib.suppress(OSError):
+            total += disk_usage(folder.stat())
+    for folder in own:
+        with contextlib.suppress(OSError):  # what goes meanwhile, and whatever the disk refuses
+            for entry in _files(folder):
+                total += disk_usage(entry.stat(follow_symlinks=False))
+    return total
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -252,6 +252,12 @@ class Used(Message, frozen=True):
     name: str
 
 
+class PathsUsed(Message, frozen=True):
+    """The narinfos of paths were given to clients."""
+
+    hash_parts: tuple[str, ...]
+
+
 class Damaged(Message, frozen=True):
     """A NAR of the store turned out to be damaged."""
 
@@ -320,6 +326,7 @@ Note: TypeAlias = (
     | Passed
     | Release
     | Used
+    | PathsUsed
     | Damaged
     | Connected
     | Disconnected

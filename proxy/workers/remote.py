@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -41,6 +41,7 @@ from proxy.workers.messages import (
     Given,
     Narinfo,
     Passed,
+    PathsUsed,
     Progress,
     Release,
     Segment,
@@ -57,6 +58,9 @@ COPIES: Final = 3
 
 ABSENT_PATHS: Final = 100_000
 """Remembered absences."""
+
+USES: Final = 1_000
+"""Paths in one message."""
 
 AHEAD: Final = 100_000
 """NARs that were fetched ahead of clients, and that none has asked this worker for."""
@@ -181,6 +185,12 @@ class RemoteCache:
     def used(self, name: NarName) -> None:
         """Note that a NAR of the store was given to a client."""
         self._link.tell(Used(str(name)))
+
+    def used_paths(self, hash_parts: Collection[HashPart]) -> None:
+        """Note that the narinfos of paths were given to clients."""
+        remaining = iter(hash_parts)
+        while some := tuple(itertools.islice(remaining, USES)):
+            self._link.tell(PathsUsed(some))
 
     async def narinfo(self, hash_part: HashPart) -> HeldText:
         """Return a path's narinfo: `proxy.cache.Cache.narinfo`.

@@ -43,6 +43,7 @@ from proxy.workers.messages import (
     Note,
     PageFacts,
     Passed,
+    PathsUsed,
     Question,
     Release,
     StoreState,
@@ -170,18 +171,21 @@ class Service:
         self._wanted.discard(number)
         del self._following[number]
 
-    def _hear_of_nar(self, note: Used | Damaged) -> None:
-        name = NarName.parse(note.name)
-        if isinstance(note, Damaged):
-            self._core.cache.damaged(name, note.reason)
-        else:
-            self._core.cache.used(name)
+    def _hear_of_nar(self, note: Used | PathsUsed | Damaged) -> None:
+        cache = self._core.cache
+        match note:
+            case Used(name):
+                cache.used(NarName.parse(name))
+            case PathsUsed(hash_parts):
+                cache.used_paths([parse_hash_part(each) for each in hash_parts])
+            case Damaged(name, reason):
+                cache.damaged(NarName.parse(name), reason)
 
     def _hear(self, note: Note, _fd: int) -> None:
         match note:
             case Happened():
                 self._core.observer(note.event())
-            case Used() | Damaged():
+            case Used() | PathsUsed() | Damaged():
                 self._hear_of_nar(note)
             case Connected() | Disconnected() | AskedPath() | AskedNar():
                 self._hear_of_client(note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import email.utils
 import errno
@@ -23,8 +24,10 @@ from proxy import known
 from proxy.events import Evicted, FastlaneServed, Fault, Rejected, RequestServed
 from proxy.server import fastlane
 from proxy.server.fastlane import NAR_BYTES, SMALL_NAR
-from proxy.store import index
+from proxy.store import index, room
+from proxy.store.database import Database
 from proxy.store.eviction import Limits
+from proxy.store.files import in_use
 from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunDaemon, RunSimulator, StartSimulator
 from tests.faults import Corrupt
@@ -433,8 +436,11 @@ async def test_a_nar_that_is_removed(proxy: InsideProxy) -> None:
             assert (await lane.ask(NAR))[0].body == bytes(SMALL.file)
 
 
-async def test_nars_that_are_evicted(sim: StartSimulator, tmp_path: Path) -> None:
+async def test_nars_that_are_evicted(
+    sim: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The URL of a NAR that was hot is answered, and right, when the NAR was evicted to make room."""
+    monkeypatch.setattr(room, "overhead", lambda _layout: 0)
     entries = [
         StoreEntry.make(f"evicted-{n}", random.Random(n).randbytes(60_000), compression="none")
         for n in range(12)
@@ -451,6 +457,52 @@ async def test_nars_that_are_evicted(sim: StartSimulator, tmp_path: Path) -> Non
                 assert (await the_long_way(proxy, nar_url(entry))).body == bytes(entry.file)
                 assert (await lane.ask(entry.narinfo_path))[0].code == 200
         await proxy.idle()
+
+
+async def test_a_hot_nar_can_be_evicted(proxy: InsideProxy) -> None:
+    """A NAR that is kept open to be at hand is not being read."""
+    async with Lane(proxy) as lane:
+        assert (await lane.ask(NAR))[1]
+        assert not in_use(proxy.folder / NAR[1:])
+
+
+async def test_a_hot_narinfo_counts_as_use(proxy: InsideProxy) -> None:
+    """Who asks for a narinfo uses its path, also where the answer comes from memory."""
+    await used_long_ago(proxy)
+    async with Lane(proxy) as lane:
+        assert (await lane.ask(SMALL.narinfo_path))[1]
+    proxy.server.lane.flush()
+
+    assert await noted_use(proxy, NAR[1:]) > LONG_AGO
+
+
+async def test_a_narinfo_given_the_long_way_counts_as_use(proxy: InsideProxy) -> None:
+    """Who asks for a narinfo in a way that only aiohttp understands uses its path, too."""
+    await used_long_ago(proxy)
+    assert (await the_long_way(proxy, SMALL.narinfo_path)).code == 200
+    proxy.server.lane.flush()
+
+    assert await noted_use(proxy, NAR[1:]) > LONG_AGO
+
+
+LONG_AGO = 1_000
+
+
+async def used_long_ago(proxy: InsideProxy) -> None:
+    """Let the index believe that nothing was used for decades."""
+    proxy.server.lane.flush()
+
+    def forget(database: Database) -> None:
+        database._connection.execute("UPDATE used SET at = ?", (LONG_AGO,))
+
+    await asyncio.wrap_future(proxy.store.index.ask(forget))
+
+
+async def noted_use(proxy: InsideProxy, name: str) -> int:
+    """Return when a file was used last, as the index has it."""
+    await asyncio.wrap_future(proxy.store.index.ask(lambda _database: None))  # notes before that
+    candidates = await asyncio.wrap_future(proxy.store.index.ask(lambda each: each.oldest(100)))
+    return next(each.used for each in candidates if each.name == name)
 
 
 async def test_a_nar_that_is_cut_short(proxy: InsideProxy) -> None:

@@ -516,7 +516,7 @@ async def test_narinfo_without_room_gives_up_the_nar(tmp_path: Path, opened: Ope
         store = opened(disk)
         partial = store.partial()
         partial.append(bytes(entry.file))
-        assert store._index.wait_scanned(PATIENCE)  # and so nothing makes room any more
+        assert store.index.wait_scanned(PATIENCE)  # and so nothing makes room any more
         filler = fill(disk)
         with pytest.raises(StoreError, match="No space left"):
             await store.publish_nar(nar_name(entry), partial, narinfo_text(entry), origin="up0")

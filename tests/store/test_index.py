@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.store import index as index_module
+from proxy.store import room as room_module
 from proxy.store.database import Totals
 from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.index import Index
@@ -610,8 +611,9 @@ def test_room_of_an_unlimited_store(box: Box) -> None:
     assert 0 < index.room <= disk.f_blocks * disk.f_frsize
 
 
-def test_room_grows_and_shrinks(box: Box) -> None:
+def test_room_grows_and_shrinks(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room is what is left of the size at which eviction begins; what is published takes it."""
+    monkeypatch.setattr(room_module, "overhead", lambda _layout: 0)
     limits = Limits(max_size=1_000_000)
     index = box.open(limits)
     _eventually(lambda: index.room == 950_000)
@@ -625,6 +627,7 @@ def test_room_grows_and_shrinks(box: Box) -> None:
 
 def test_no_room_before_the_folder_is_known(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store of which nobody knows yet how full it is, after a crash, has no room."""
+    monkeypatch.setattr(room_module, "overhead", lambda _layout: 0)
     monkeypatch.setattr(index_module, "SLICE", 1)
     box.scanned()
     for number in range(40):
@@ -642,8 +645,9 @@ def test_no_room_before_the_folder_is_known(box: Box, monkeypatch: pytest.Monkey
     assert rooms <= {0, index.room}
 
 
-def test_room_after_a_restart(box: Box) -> None:
+def test_room_after_a_restart(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in the store counts from the start."""
+    monkeypatch.setattr(room_module, "overhead", lambda _layout: 0)
     box.scanned()
     box.path(1, 300_000)
     totals = box.close()
@@ -682,12 +686,12 @@ def test_narinfo_that_comes_while_its_nar_is_evicted(
     box.scanned()
     box.path(1, 200_000)
     box.close()
-    leads_to = Index._leads_to
+    leads_to = room_module.Room._leads_to
 
-    def too_early(index: Index, narinfo: str, nar: str) -> bool:
-        return not (box.layout.root / nar).exists() and leads_to(index, narinfo, nar)
+    def too_early(room: room_module.Room, narinfo: str, nar: str) -> bool:
+        return not (box.layout.root / nar).exists() and leads_to(room, narinfo, nar)
 
-    monkeypatch.setattr(Index, "_leads_to", too_early)
+    monkeypatch.setattr(room_module.Room, "_leads_to", too_early)
     box.open(Limits(max_size=100_000))
 
     assert box.close() == Totals(0, 0) == on_disk(box.layout.root)

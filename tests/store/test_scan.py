@@ -15,13 +15,14 @@ from proxy.store.layout import SIDE_FOLDERS, Layout
 from proxy.store.scan import (
     REMEMBER_FOR,
     disk_usage,
-    forget_old_narinfos,
+    forget_narinfos,
     remove_leftovers,
     scan,
 )
 
 HASH = "0123456789abcdfghijklmnpqrsvwxyz"
 NOW = 2_000_000_000.0
+EVERYTHING = 2**60
 NOBODY = 65534
 
 
@@ -178,7 +179,7 @@ def test_links_are_not_followed(layout: Layout, tmp_path_factory: pytest.TempPat
 
     assert _names(layout) == set()
     remove_leftovers(layout)
-    forget_old_narinfos(layout, NOW)
+    forget_narinfos(layout, EVERYTHING, NOW)
     assert all(link.is_symlink() for link in links)
     assert (outside / "file").exists()
 
@@ -202,7 +203,7 @@ def test_missing_folders_are_empty(tmp_path: Path) -> None:
 
     assert _names(layout) == set()
     remove_leftovers(layout)
-    forget_old_narinfos(layout)
+    forget_narinfos(layout, EVERYTHING)
 
 
 def test_disk_usage_counts_blocks(tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_old_remembered_narinfos_are_forgotten(layout: Layout) -> None:
         for name, age in ages.items():
             path = _write(layout.remembered / upstream / f"{name}.narinfo")
             os.utime(path, (NOW - age, NOW - age))
-    forget_old_narinfos(layout, NOW)
+    forget_narinfos(layout, EVERYTHING, NOW)
 
     assert sorted(_remembered(layout)) == ["new", "new", "young", "young"]
 
@@ -249,7 +250,7 @@ def test_forgetting_goes_by_the_clock(layout: Layout) -> None:
     path = _write(layout.remembered / "up0" / "ancient.narinfo")
     os.utime(path, (0, 0))
     _write(layout.remembered / "up0" / "new.narinfo")
-    forget_old_narinfos(layout)
+    forget_narinfos(layout, EVERYTHING)
 
     assert list(_remembered(layout)) == ["new"]
 
