@@ -53,10 +53,11 @@ class Folder:
         narinfo = self.layout.root / f"{hash_part(number)}.narinfo"
         path = self.layout.root / name
         path.write_bytes(os.urandom(size))
-        use(path)
-        narinfo.write_text(f"URL: {name}\n")
-        for each in (path, narinfo):
-            self.index.added(each, "up0")
+        with _opened(path):  # as who publishes has it
+            use(path)
+            narinfo.write_text(f"URL: {name}\n")
+            for each in (path, narinfo):
+                self.index.added(each, "up0")
 
     def has(self, number: int) -> bool:
         """Tell whether a path is there, which is whole or not at all."""
@@ -156,13 +157,22 @@ def test_what_is_pinned_or_in_use_stays(
         for number, size in paths.items():
             use = reading if number in read else writing if number in written else id
             there.put(number, size, use)
-        totals = there.settled()
-        kept = {number for number in paths if there.has(number)}
+        there.settled()
 
-        assert kept >= paths.keys() & (pinned | read | written)
-        assert totals == Totals(cached(there.layout), len(kept))
-        if kept - pinned - read - written:
-            assert du_of_all(there.layout) <= limit
+        def look(database: Database) -> tuple[set[int], Totals, Totals]:
+            """On the index's thread, so that nothing is evicted meanwhile."""
+            kept = {number for number in paths if there.has(number)}
+            return kept, database.totals, Totals(cached(there.layout), len(kept))
+
+        kept, counted, said = there.index.ask(look).result(PATIENCE)
+        used = pinned | read | written
+
+        assert kept >= paths.keys() & used
+        assert counted == said
+        names = [there.layout.root / nar(number) for number in kept - used]
+        _eventually(
+            lambda: du_of_all(there.layout) <= limit or not any(path.exists() for path in names)
+        )
 
 
 def test_the_folder_stays_below_its_limit() -> None:
