@@ -134,6 +134,9 @@ class Pins:
         self._pins = store.pins.read()
         self._in_the_making: dict[object, frozenset[HashPart]] = {}
 
+    def __len__(self) -> int:
+        return len(self._pins)
+
     async def pin(
         self,
         name: str,

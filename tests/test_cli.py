@@ -114,7 +114,17 @@ def test_help_names_every_command(tmp_path: Path) -> None:
     """``--help`` says what there is, on stdout, and is no failure."""
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("serve", "check-config", "pin", "unpin", "pins", "gc", "status", "--version"):
+    for command in (
+        "serve",
+        "check-config",
+        "pin",
+        "unpin",
+        "pins",
+        "gc",
+        "status",
+        "mode",
+        "--version",
+    ):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE), done.stdout
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -23,7 +24,7 @@ from tests.daemon import DaemonProcess
 from tests.faults import Reset
 from tests.folder_oracle import complete_paths
 from tests.nix_client import NixClient
-from tests.test_cli import assert_failed, run
+from tests.test_cli import ABSENT, assert_failed, run, status
 
 ENTRY = StoreEntry.make("hello-1.0")
 
@@ -74,7 +75,7 @@ def test_status_of_a_running_daemon(
 
     told = json.loads(run("status", "--store", proxy.store, "--json", cwd=tmp_path).stdout)
     assert (told["pid"], told["store"]) == (proxy.process.pid, str(proxy.store))
-    assert told["upstreams"] == [{"name": "up0", "url": upstream.url}]
+    assert told["upstreams"] == [{"name": "up0", "url": upstream.url, "asked": True}]
 
 
 def test_no_daemon_is_said(daemon: RunDaemon, tmp_path: Path) -> None:
@@ -137,6 +138,39 @@ def test_a_foreign_socket_is_no_daemon(tmp_path: Path) -> None:
         assert foreign.fileno() >= 0  # bound, and nobody listens
         done = run("status", "--store", store, cwd=tmp_path)
     assert_failed(done, 1, "no daemon runs on")
+
+
+# --- modes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_mode_can_change(workers: int, daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
+    """Offline, nobody is asked from then on; auto, they are again; and a reload takes the file's word."""
+    upstream = threaded_sim(ENTRY)
+    proxy = daemon(upstream.url, workers=workers)
+    assert on(proxy, "mode").stdout == "auto\n"
+
+    assert on(proxy, "mode", "offline").stdout == "offline\n"
+    assert status(proxy.url + ENTRY.narinfo_path) == 404
+    assert upstream.requests == []
+    assert on(proxy, "mode").stdout == "offline\n"
+    assert "mode      offline" in on(proxy, "status").stdout
+
+    assert on(proxy, "mode", "auto").returncode == 0
+    assert proxy.get(ENTRY.narinfo_path)
+
+    on(proxy, "mode", "strict")
+    upstream.fault("/", Reset())
+    assert status(proxy.url + ABSENT) == 502
+    proxy.signal(signal.SIGHUP)
+    proxy.wait_for_log("the configuration was read again and is in force")
+    assert on(proxy, "mode").stdout == "auto\n"
+
+
+def test_modes_that_there_are(daemon: RunDaemon, tmp_path: Path) -> None:
+    """Another word is wrong usage; without a daemon there is no mode."""
+    assert_failed(on(daemon(), "mode", "airplane"), 2, "airplane", "offline", lines=5)
+    assert_failed(run("mode", "--store", tmp_path / "x", cwd=tmp_path), 1, "no daemon runs")
 
 
 # --- pins ---------------------------------------------------------------------------------------

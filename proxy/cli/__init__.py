@@ -10,6 +10,7 @@ import typer
 from proxy import __version__
 from proxy.cli.check_config import check_config
 from proxy.cli.gc import gc
+from proxy.cli.mode import mode
 from proxy.cli.pin import pin
 from proxy.cli.pins import pins
 from proxy.cli.serve import serve
@@ -28,7 +29,7 @@ app = typer.Typer(
 )
 app.command(short_help="Run the daemon in the foreground.")(serve)
 app.command()(check_config)
-for command in (status, pin, unpin, pins, gc, verify):
+for command in (status, mode, pin, unpin, pins, gc, verify):
     app.command()(command)
 
 

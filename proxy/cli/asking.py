@@ -81,7 +81,7 @@ async def _alone(
     store = Store(config.store.path, assembly.cache_info(config), ignore, limits)
     try:
         pins = Pins(store, FromStore(store), limits)
-        commands = StoreCommands(store, pins, lambda: config).table()
+        commands = StoreCommands(store, pins).table()
         return await commands[command](arguments, tell)
     finally:
         await store.close()

@@ -76,7 +76,7 @@ class Daemon:
             core = Core(cache, prefetch, self._observe, operations)
             async with (
                 self._front(core, operations) as front,
-                self._commands(store, cache, front.addresses),
+                self._commands(store, cache, front),
             ):
                 collector.settle()
                 log.info(
@@ -177,14 +177,18 @@ class Daemon:
             yield Workers(supervisor)
 
     @contextlib.asynccontextmanager
-    async def _commands(
-        self, store: Store, cache: Cache, addresses: Sequence[str]
-    ) -> AsyncIterator[None]:
+    async def _commands(self, store: Store, cache: Cache, front: Front) -> AsyncIterator[None]:
         """Let commands reach us; where there can be no socket, we serve all the same."""
         pins = Pins(store, FromUpstreams(cache, store), store.limits)
         looking = asyncio.create_task(_warn_of_excess(pins))
-        on_store = StoreCommands(store, pins, lambda: self._config)
-        commands = DaemonCommands(on_store, cache, addresses).table()
+        commands = DaemonCommands(
+            StoreCommands(store, pins),
+            cache,
+            failover=lambda: self._failover,
+            mode=lambda: self._config.policy.mode,
+            set_mode=lambda mode: self.set_mode(mode, front),
+            listen=front.addresses,
+        ).table()
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from proxy import __version__
 from proxy.cache import Cache
 from proxy.collection import collect
-from proxy.config import Config
 from proxy.control.server import Command, Tell
 from proxy.errors import CommandError, ParseError
+from proxy.events import Mode
+from proxy.failover import Failover
 from proxy.nix.store_path import StorePath
 from proxy.pins import Pins, PinState, Progress
 from proxy.store.eviction import most_to_pin
 from proxy.store.folder import Store
+from proxy.upstream.breaker import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,10 @@ class StoreCommands:
     Attributes:
         store: The store.
         pins: Its pins.
-        config: Returns the configuration in force.
     """
 
     store: Store
     pins: Pins
-    config: Callable[[], Config]
 
     def table(self) -> dict[str, Command]:
         """Return what can be asked for, by name."""
@@ -92,22 +92,40 @@ class DaemonCommands:
     """The commands of a running daemon.
 
     Attributes:
-        store: What can be done with its store.
+        on_store: What can be done with its store.
         cache: Its cache.
+        failover: Returns the upstreams that are asked.
+        mode: Returns how they are treated.
+        set_mode: Has them treated otherwise.
         listen: Where it listens.
     """
 
-    store: StoreCommands
+    on_store: StoreCommands
     cache: Cache
+    failover: Callable[[], Failover]
+    mode: Callable[[], Mode]
+    set_mode: Callable[[Mode], Awaitable[None]]
     listen: Sequence[str]
 
     def table(self) -> dict[str, Command]:
         """Return what can be asked for, by name."""
-        return {**self.store.table(), "status": self.status}
+        own = {"status": self.status, "mode": self.change_mode}
+        return {**self.on_store.table(), **own}
+
+    async def change_mode(self, arguments: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        """Treat upstreams otherwise until the configuration is read again: ``mode``; or None to ask."""
+        match arguments:
+            case {"mode": None}:
+                pass
+            case {"mode": "auto" | "offline" | "strict" as mode}:
+                await self.set_mode(mode)
+            case _:
+                raise CommandError("mode is auto, offline or strict")
+        return {"mode": self.mode()}
 
     async def status(self, _arguments: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         """Say what the daemon is and has."""
-        config, store = self.store.config(), self.store.store
+        store = self.on_store.store
         return {
             "pid": os.getpid(),
             "version": __version__,
@@ -119,9 +137,17 @@ class DaemonCommands:
             "max_size": store.limits.max_size,
             "min_free": store.limits.min_free,
             "not_keeping": store.not_keeping,
-            "pins": len(await self.store.pins.all()),
+            "pins": len(self.on_store.pins),
             "fetches": self.cache.fetches_in_flight,
-            "upstreams": [{"name": each.name, "url": each.url} for each in config.upstreams],
+            "mode": self.mode(),
+            "upstreams": [
+                {
+                    "name": source.upstream.name,
+                    "url": source.upstream.url,
+                    "asked": source.upstream.breaker.state is State.CLOSED,
+                }
+                for source in self.failover().sources
+            ],
         }
 
 

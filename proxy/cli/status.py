@@ -32,5 +32,7 @@ def status(
         typer.echo(f"failing   nothing is kept: {told['not_keeping']}")
     typer.echo(f"pins      {told['pins']}")
     typer.echo(f"fetching  {told['fetches']}")
+    typer.echo(f"mode      {told['mode']}")
     for upstream in told["upstreams"]:
-        typer.echo(f"upstream  {upstream['name']} {upstream['url']}")
+        state = "" if upstream["asked"] else " has failed, and is left alone for now"
+        typer.echo(f"upstream  {upstream['name']} {upstream['url']}{state}")
