@@ -55,6 +55,8 @@ ERRORS: list[ProxyError] = [
     errors.OfflineError("x"),
     errors.StoreError("r"),
     errors.DamagedError("y"),
+    errors.CommandError("z"),
+    errors.NotRunningError("aa"),
     errors.StoreLockedError("s"),
     errors.ListenError("t"),
     errors.ConfigError("u", file="config.toml", line=1, key="server.workers"),
