@@ -12,35 +12,27 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from proxy.absences import Absences
+from proxy.ahead import Ahead
 from proxy.answers import Content, Text
 from proxy.errors import NotFoundError
-from proxy.events import COALESCED, HIT, MISS, PREFETCHED, FetchingAhead, Observer, Result
+from proxy.events import COALESCED, HIT, MISS, PREFETCHED, Observer, Result
 from proxy.failover import Failover
 from proxy.fetch import Fetch, OpenSupply, Reader
 from proxy.known import KnownPath, KnownPaths
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
-from proxy.recent import Recent
 from proxy.store.files import OpenFile
 from proxy.store.folder import Store
 from proxy.supplier import Supplier
 from proxy.tasks import Tasks
-
-ABSENT_PATHS = 100_000
-"""Remembered absences, of about 200 bytes each."""
-
-AHEAD = 100_000
-"""NARs fetched ahead of clients that are remembered until a client asks for them."""
-
-LONGEST_ABSENT = 300
-"""Characters of a name whose absence is remembered; only names that others made up are longer."""
+from proxy.upstream.slots import urgent_when
 
 WORKERS = min(8, (os.cpu_count() or 1) + 1)
 """Threads that write and verify; they release the interpreter for nearly all of their work."""
@@ -68,18 +60,20 @@ class Cache:
     ) -> None:
         self._store = store
         self._failover = failover
-        self._negative_ttl = negative_ttl
         self._observer = observer
         self.clock = clock
         self._known = KnownPaths(store, failover, observer, on_learnt=self._is_present)
         self._supplier = Supplier(store, failover, self._known, observer)
         self.hot_narinfo = self._known.hot
         """Returns a path's narinfo if it is in memory; this counts as no use."""
-        self._absent: Recent[str, float] = Recent(ABSENT_PATHS)
-        self.absent_until = self._absent.peek
+        self._absences = Absences(negative_ttl, clock)
+        self.absent_until = self._absences.until
         """Returns until when a narinfo (``{hash part}.narinfo``) counts as absent, by the clock."""
         self._fetches: dict[str, Fetch] = {}
-        self._ahead: Recent[str, int] = Recent(AHEAD)
+        self._claims: dict[str, int] = {}
+        self.ahead = Ahead(observer)
+        """What was done ahead of clients."""
+        store.on_evicted = self._known.evicted
         self._tasks = Tasks(observer)
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="verify")
 
@@ -99,10 +93,10 @@ class Cache:
         What is under way goes on with the old ones.
         """
         self._failover = failover
-        self._negative_ttl = negative_ttl
+        self._absences.ttl = negative_ttl
         self._known.use(failover)
         self._supplier.use(failover)
-        self._absent.clear()
+        self._absences.clear()
 
     async def close(self) -> None:
         """End everything that is under way; what is verified is still published by the store."""
@@ -123,28 +117,19 @@ class Cache:
 
     def is_absent(self, key: str) -> bool:
         """Tell whether a narinfo (``{hash part}.narinfo``) or another file is known to be absent."""
-        expires = self._absent.get(key)
-        return expires is not None and self.clock() < expires
+        return key in self._absences
 
     def absent_for(self, key: str) -> float:
         """Return the seconds for which an absence is still remembered; 0 if it is not."""
-        return max(0.0, (self._absent.get(key) or 0.0) - self.clock())
+        return self._absences.remaining(key)
 
     @property
     def room(self) -> int:
-        """Bytes that can be kept before anything has to be evicted."""
-        return self._store.room
-
-    @property
-    def ahead_unasked(self) -> int:
-        """Bytes that were fetched ahead of clients, and that none has asked for since."""
-        return sum(self._ahead.values())
-
-    def _was_ahead(self, key: str) -> bool:
-        """Tell, once, whether a NAR was fetched ahead of whoever asks for it now."""
-        was_ahead = self._ahead.get(key) is not None
-        self._ahead.drop(key)
-        return was_ahead
+        """Bytes that can be kept before anything has to be evicted, all that arrives being counted."""
+        arriving = sum(
+            fetch.size or self._claims.get(key, 0) for key, fetch in self._fetches.items()
+        )
+        return self._store.room - arriving
 
     def lacks(self, name: NarName) -> bool:
         """Tell whether a NAR is neither here nor on its way."""
@@ -157,28 +142,39 @@ class Cache:
             NotFoundError: No upstream has the path.
             UpstreamError: Nobody has it, as far as could be found out.
         """
-        return (await self.narinfo(hash_part)).known
+        key = f"{hash_part}.narinfo"
+        if key not in self._tasks:
+            self.ahead.begin_lookup(key)
+        try:
+            with urgent_when(lambda: not self.ahead.is_unasked_lookup(key)):
+                return (await self._narinfo(hash_part)).known
+        finally:
+            self.ahead.end_lookup(key)
 
-    async def fetch_ahead(self, name: NarName) -> None:
-        """Fetch a NAR before a client asks, and wait until it is whole.
+    async def fetch_ahead(self, name: NarName, size: int) -> None:
+        """Fetch a NAR that is not here before a client asks, and wait until it is whole.
+
+        Args:
+            name: The NAR.
+            size: Bytes that it will take.
 
         Raises:
             ProxyError: It cannot be fetched.
         """
         key = str(name)
-        if not self.lacks(name):
+        if key in self._fetches:
             return
-        self._refuse_if_absent(key)
-        fetch = self._start(key, lambda fetch: self._supplier.nar(name, fetch), name)
-        self._ahead.put(key, 1)
-        self._observer(FetchingAhead(key))
+        self._absences.refuse(key)
+        self._claims[key] = size
+        self.ahead.begin(key)
+        with urgent_when(lambda: not self.ahead.is_unasked(key)):
+            fetch = self._start(key, lambda fetch: self._supplier.nar(name, fetch), name)
         try:
             await fetch.ended()
         except BaseException:
-            self._ahead.drop(key)
+            self.ahead.failed(key)
             raise
-        if self._ahead.get(key) is not None:
-            self._ahead.put(key, fetch.size or 1)
+        self.ahead.landed(key, fetch.size or size)
 
     async def settled(self, name: NarName) -> None:
         """Wait until the narinfo of a NAR that is here, if a crash withheld it, has been made good."""
@@ -190,7 +186,7 @@ class Cache:
 
     def used(self, name: NarName) -> None:
         """Note that a NAR of the store was given to somebody past this cache."""
-        self._ahead.drop(str(name))
+        self.ahead.asked(str(name))
         self._store.used(name)
 
     async def narinfo(self, hash_part: HashPart) -> Text:
@@ -200,13 +196,17 @@ class Cache:
             NotFoundError: No upstream has the path.
             UpstreamError: Nobody has it, as far as could be found out.
         """
+        self.ahead.end_lookup(f"{hash_part}.narinfo")
+        return await self._narinfo(hash_part)
+
+    async def _narinfo(self, hash_part: HashPart) -> Text:
         known = self._known.get(hash_part)
         if known is not None:
             return Text(known, HIT)
         key = f"{hash_part}.narinfo"
         joined = key in self._tasks
         try:
-            with self._absence(key):
+            with self._absences.noted(key):
                 learnt = await self._tasks.once(key, lambda: self._supplier.look_up(hash_part))
         except NotFoundError:
             known = self._known.hot(hash_part)
@@ -214,7 +214,7 @@ class Cache:
                 raise
             self._is_present(hash_part)  # it was learnt meanwhile, by somebody who wanted its NAR
             return Text(known, HIT)
-        self._absent.drop(str(learnt.info.nar_name))
+        self._absences.drop(str(learnt.info.nar_name))
         return Text(learnt, COALESCED if joined else MISS)
 
     async def nar(self, name: NarName) -> Content:
@@ -226,16 +226,20 @@ class Cache:
             TrustError: What was fetched is not what was signed, and nothing of it was released.
             StoreError: The disk failed.
         """
+        was_ahead = self.ahead.asked(str(name))
+        return await self._nar(name, PREFETCHED if was_ahead else None)
+
+    async def _nar(self, name: NarName, result: Result | None = None) -> Content:
         key = str(name)
         file = await self._supplier.kept_nar(name)
         if file is not None:
-            result = PREFETCHED if self._was_ahead(key) else HIT
-            return Content(file, None, self._known.etag(name), result, self._published_by(name))
-        reader, result = await self._joined(
+            upstream = self._published_by(name)
+            return Content(file, None, self._known.etag(name), result or HIT, upstream)
+        reader, joined = await self._joined(
             key, lambda fetch: self._supplier.nar(name, fetch), name
         )
-        if self._was_ahead(key):
-            result = PREFETCHED
+        if result is None or joined is MISS:
+            result = joined  # what was fetched ahead may have failed, or be gone again
         return Content(reader, None, self._known.etag(name), result, reader.fetch.upstream)
 
     async def nar_head(self, name: NarName) -> Content:
@@ -246,8 +250,8 @@ class Cache:
             UpstreamError: Nobody has it, as far as could be found out.
         """
         if str(name) in self._fetches or self._store.has_nar(name):
-            return await self.nar(name)
-        with self._absence(str(name)):
+            return await self._nar(name)
+        with self._absences.noted(str(name)):
             known, size = await self._tasks.once(
                 f"size of {name}", lambda: self._supplier.announced_size(name)
             )
@@ -274,7 +278,7 @@ class Cache:
             NotFoundError: No upstream has it.
             UpstreamError: Nobody has it, as far as could be found out.
         """
-        with self._absence(reference):
+        with self._absences.noted(reference):
             offer = await self._tasks.once(
                 f"size of {reference}",
                 lambda: self._failover.first(
@@ -295,7 +299,7 @@ class Cache:
         file = self._supplier.kept_file(path)
         if file is None:
             result = COALESCED if path in self._tasks else MISS
-            with self._absence(path):
+            with self._absences.noted(path):
                 unkept = await self._tasks.once(path, lambda: self._supplier.keep_file(path))
             file = self._store.open_file(path) if unkept is None else OpenFile.holding(unkept)
         if file is None:
@@ -331,27 +335,9 @@ class Cache:
             )
         return known.origin
 
-    @contextlib.contextmanager
-    def _absence(self, key: str) -> Iterator[None]:
-        """Do not ask for what is known to be absent, and remember when it turns out to be."""
-        self._refuse_if_absent(key)
-        try:
-            yield
-        except NotFoundError:
-            self._remember_absence(key)
-            raise
-
     def _is_present(self, hash_part: HashPart) -> None:
         """Forget that a path was absent: whoever answers absences looks at nothing else."""
-        self._absent.drop(f"{hash_part}.narinfo")
-
-    def _remember_absence(self, key: str) -> None:
-        if len(key) <= LONGEST_ABSENT:
-            self._absent.put(key, self.clock() + self._negative_ttl)
-
-    def _refuse_if_absent(self, key: str) -> None:
-        if self.is_absent(key):
-            raise NotFoundError(f"no upstream has {key}")
+        self._absences.drop(f"{hash_part}.narinfo")
 
     async def _joined(
         self, key: str, open_supply: OpenSupply, name: NarName | None = None
@@ -359,7 +345,7 @@ class Cache:
         """Join the fetch that is under way, or start it; and wait until there is something to read."""
         fetch, result = self._fetches.get(key), COALESCED
         if fetch is None or not fetch.can_be_joined:
-            self._refuse_if_absent(key)
+            self._absences.refuse(key)
             fetch, result = self._start(key, open_supply, name), MISS
         reader = fetch.attach()  # before anything is waited for: later it may be over
         try:
@@ -384,10 +370,11 @@ class Cache:
                 await fetch.run()
             finally:
                 fetch.close()
+                self._claims.pop(key, None)
                 if self._fetches.get(key) is fetch:  # not one for those who could not join this one
                     del self._fetches[key]
             if isinstance(fetch.error, NotFoundError):
-                self._remember_absence(key)
+                self._absences.add(key)
 
         self._fetches[key] = fetch
         _ = self._tasks.start(run())

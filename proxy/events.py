@@ -100,6 +100,22 @@ class FetchingAhead:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchedAhead:
+    """A download that was begun ahead of clients is whole."""
+
+    what: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskedAhead:
+    """A client has come, for the first time, for what was fetched ahead."""
+
+    what: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class FetchEnded:
     """A download ended: whole and verified, or with ``error``."""
 
@@ -182,7 +198,7 @@ class FastlaneClosed:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """What an upstream said of a path led nowhere, and is known no longer."""
+    """What was known of a path is so no longer: it led nowhere, or the path was evicted."""
 
     hash_part: str
 
@@ -229,6 +245,8 @@ Event = (
     | NotDecoded
     | FetchStarted
     | FetchingAhead
+    | FetchedAhead
+    | AskedAhead
     | FetchEnded
     | StoreFailed
     | StoreChanged

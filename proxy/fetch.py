@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager
 
@@ -29,7 +29,7 @@ from proxy.errors import (
 from proxy.events import FetchEnded, FetchStarted, Observer, Rejected
 from proxy.store.incoming import Cursor, Incoming, Leftover
 from proxy.store.leftovers import MIN_SIZE
-from proxy.supply import Supply, Verifier
+from proxy.supply import Supply, Verifier, read_ahead
 
 HELD_BACK = 16 * 2**10
 """Bytes at the end that wait for the verdict: enough that what came before is useless to a program that
@@ -235,7 +235,8 @@ class Fetch:
         self.size = _agreed_size(supply.promise.size, supply.size)
         verifier = supply.promise.verifier()
         await self._begin(supply, verifier)
-        async with contextlib.aclosing(_ahead(supply)) as pieces:
+        finished = False
+        async with contextlib.aclosing(read_ahead(supply)) as pieces:
             async for data in pieces:
                 if data is None:
                     await self._work(self._incoming.start_over)
@@ -243,11 +244,13 @@ class Fetch:
                     verifier = supply.promise.verifier()
                     await self._begin(supply, verifier)
                 else:
-                    await self._work(self._absorb, verifier, data)
+                    finished = self._incoming.size + len(data) == self.size
+                    await self._work(self._absorb, verifier, data, finished)
                     await self._room()
         if self.size is not None and self._incoming.size != self.size:
             raise SizeMismatchError(f"{self._incoming.size} bytes arrived instead of {self.size}")
-        await self._work(verifier.finish)
+        if not finished:
+            await self._work(verifier.finish)
 
     async def _begin(self, supply: Supply, verifier: Verifier) -> None:
         """Go on with what was left of an earlier download, or make one that can be left."""
@@ -269,11 +272,17 @@ class Fetch:
         self._loop.call_soon_threadsafe(self._wake)
         verifier.feed(data)
 
-    def _absorb(self, verifier: Verifier, data: bytes) -> None:
-        """Write, let the readers have it, and only then spend time on verifying. On a worker thread."""
+    def _absorb(self, verifier: Verifier, data: bytes, last: bool) -> None:  # noqa: FBT001
+        """Write, let the readers have it, and only then spend time on verifying. On a worker thread.
+
+        The ``last`` piece is judged with the whole: for a small file a second step would cost as much.
+        """
         self._incoming.append(data)
-        self._loop.call_soon_threadsafe(self._wake)
+        if not last:  # else there is news in a moment
+            self._loop.call_soon_threadsafe(self._wake)
         verifier.feed(data)
+        if last:
+            verifier.finish()
 
     async def _room(self) -> None:
         """Wait for the readers, where memory is all there is.
@@ -376,18 +385,6 @@ def _agreed_size(expected: int | None, announced: int | None) -> int | None:
     if expected is None or announced in (None, expected):
         return announced if expected is None else expected
     raise SizeMismatchError(f"the upstream announces {announced} bytes, the narinfo {expected}")
-
-
-async def _ahead(supply: Supply) -> AsyncGenerator[bytes | None, None]:
-    """Iterate over what comes, reading the next piece while the last one is being worked on."""
-    following = asyncio.ensure_future(supply.read())
-    try:
-        while (data := await following) != b"":
-            following = asyncio.ensure_future(supply.read())
-            yield data
-    finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
 
 
 OpenSupply = Callable[[Fetch], AbstractAsyncContextManager[Supply]]

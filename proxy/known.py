@@ -15,7 +15,7 @@ from proxy.failover import Failover, Narinfo, Offer, Source
 from proxy.nix import narinfo
 from proxy.nix.nar_name import NarName
 from proxy.nix.narinfo import VerifiedNarInfo
-from proxy.nix.store_path import HashPart
+from proxy.nix.store_path import HASH_PART_LENGTH, HashPart
 from proxy.recent import Recent
 from proxy.store.folder import Store
 from proxy.upstream.remote import Upstream
@@ -161,6 +161,16 @@ class KnownPaths:
         hash_part = known.info.store_path.hash_part
         self._hot.drop(hash_part)
         self._store.forget_narinfo(known.origin, hash_part)
+        self._observer(Forgotten(hash_part))
+
+    def evicted(self, name: str) -> None:
+        """The NAR of this file name is not in the store any more, nor is the narinfo next to it."""
+        hash_part = HashPart(name[:HASH_PART_LENGTH])
+        known = self._hot.get(hash_part)
+        if known is not None and str(known.info.nar_name) == name:
+            if known.upstream is None:
+                self._hot.drop(hash_part)
+            known.kept = False
         self._observer(Forgotten(hash_part))
 
     def _stored(self, hash_part: HashPart) -> KnownPath | None:

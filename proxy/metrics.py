@@ -25,6 +25,7 @@ from prometheus_client.registry import Collector
 from proxy import __version__
 from proxy.errors import TrustError
 from proxy.events import (
+    AskedAhead,
     BreakerClosed,
     BreakerOpened,
     ConfigReloaded,
@@ -32,6 +33,7 @@ from proxy.events import (
     Evicted,
     FastlaneServed,
     Fault,
+    FetchedAhead,
     FetchEnded,
     Mode,
     ModeChanged,
@@ -90,6 +92,10 @@ class Metrics:
         )
         self._breaker_opened = self._counter(
             "upstream_breaker_opened", "Times that an upstream was left alone.", ("upstream",)
+        )
+        self._ahead = self._counter("prefetched_bytes", "Bytes of NARs fetched ahead of clients.")
+        self._ahead_asked = self._counter(
+            "prefetched_asked_bytes", "Those of them that a client has asked for."
         )
         self._rejected = self._counter(
             "verification_failures", "Things that were not what was signed.", ("kind",)
@@ -164,6 +170,10 @@ class Metrics:
                 self._upstream_requests.labels(upstream, asked, outcome).inc()
             case FetchEnded(_, upstream, size):
                 self._upstream_bytes.labels(upstream).inc(size)
+            case FetchedAhead(_, size):
+                self._ahead.inc(size)
+            case AskedAhead(_, size):
+                self._ahead_asked.inc(size)
             case Rejected(_, _, kind, _):
                 self._rejected.labels(kind).inc()
             case _:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -38,9 +38,6 @@ CLIENTS = 1_000
 
 WALKED = 100_000
 """Paths that are walked for one client, and that it is remembered to have asked for."""
-
-ROOM_LAG = 3.0
-"""Seconds after which a NAR that has arrived is sure to count in the store's own account of its room."""
 
 FEWEST = 4
 """Connections below which none is to spare."""
@@ -68,11 +65,12 @@ class LookAhead:
         return int(self.connections * SHARE) if self.connections >= FEWEST else 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Client:
     """What one client has asked for, and may still cause.
 
     ``wanted`` is a heap of NARs by size. ``budget`` is in bytes, and of no account once ``fetches``.
+    ``to_walk`` begins with what the client will ask for next, as far as anybody can tell.
     """
 
     budget: int
@@ -81,7 +79,7 @@ class Client:
     asked: set[HashPart] = field(default_factory=set)
     wanted: list[tuple[int, int, NarName]] = field(default_factory=list)
     walked: set[HashPart] = field(default_factory=set)
-    to_walk: deque[HashPart] = field(default_factory=deque)
+    to_walk: OrderedDict[HashPart, None] = field(default_factory=OrderedDict)
 
     def take(self, room: int) -> tuple[int, NarName] | None:
         """Return the size and the name of the NAR to fetch next, or None while none may be.
@@ -98,6 +96,19 @@ class Client:
         self.budget -= 0 if self.fetches else size
         return size, name
 
+    def give_back(self, size: int) -> None:
+        """What `take` gave costs nothing: it is here, or on its way for somebody else."""
+        self.budget += 0 if self.fetches else size
+
+    def will_ask(self, references: Iterable[HashPart], *, soon: bool) -> None:
+        """Note what is to be looked up: before all else what follows from the client's own question."""
+        for hash_part in reversed(tuple(references)) if soon else references:
+            if hash_part not in self.walked and len(self.walked) < WALKED:
+                self.walked.add(hash_part)
+                self.to_walk[hash_part] = None
+            if soon and hash_part in self.to_walk:
+                self.to_walk.move_to_end(hash_part, last=False)
+
 
 class Prefetch:
     """The look-ahead. Made inside of a running event loop; closed with `close`.
@@ -112,7 +123,8 @@ class Prefetch:
         self._rules = rules
         self._clients: dict[str, Client] = {}
         self._left: Recent[str, int] = Recent(CLIENTS)
-        self._in_flight = 0
+        self._walking: deque[Client] = deque()
+        self._wanting: deque[Client] = deque()
         self._order = itertools.count()
         self._lookups: set[asyncio.Task[None]] = set()
         self._downloads: set[asyncio.Task[None]] = set()
@@ -129,6 +141,8 @@ class Prefetch:
     async def close(self) -> None:
         """End everything that is under way."""
         self._clients.clear()
+        self._walking.clear()
+        self._wanting.clear()
         tasks = [*self._lookups, *self._downloads]
         for task in tasks:
             task.cancel()
@@ -174,37 +188,53 @@ class Prefetch:
         if self._rules.nars and not known.kept:
             size = known.info.file_size or known.info.nar_size
             heapq.heappush(client.wanted, (size, next(self._order), known.info.nar_name))
-        self._walk_from(client, known)
-        self._pump(client)
+            if client not in self._wanting:
+                self._wanting.append(client)
+        self._walk_from(client, known, soon=True)
+        self._pump()
 
     def asked_nar(self, name: str) -> None:
         """A client has asked for a NAR: it wants what it asked narinfos for."""
         client = self._clients.get(name)
         if client is not None and not client.fetches:
             client.fetches = True
-            self._pump(client)
+            self._pump()
 
-    def _walk_from(self, client: Client, known: KnownPath) -> None:
+    def _walk_from(self, client: Client, known: KnownPath, *, soon: bool) -> None:
         if not self._rules.narinfos or known.kept:
             return  # of what is here, so is most of what it refers to
-        for reference in known.info.references:
-            hash_part = reference.hash_part
-            if hash_part not in client.walked and len(client.walked) < WALKED:
-                client.walked.add(hash_part)
-                client.to_walk.append(hash_part)
+        client.will_ask((each.hash_part for each in known.info.references), soon=soon)
+        if client.to_walk and client not in self._walking:
+            self._walking.append(client)
 
-    def _pump(self, client: Client) -> None:
-        """Start as much of what a client causes as there are connections for."""
-        while client.to_walk and len(self._lookups) < self._rules.most:
-            self._start(self._lookups, partial(self._look_up, client, client.to_walk.popleft()))
-        while len(self._downloads) < self._rules.most:
-            wish = client.take(self._cache.room - self._in_flight)
+    def _pump(self) -> None:
+        """Start as much as there are connections for; clients take turns."""
+        while self._walking and len(self._lookups) < self._rules.most:
+            client = self._walking.popleft()
+            if client.to_walk:
+                hash_part, _ = client.to_walk.popitem(last=False)
+                self._start(self._lookups, partial(self._look_up, client, hash_part))
+                self._walking.append(client)
+        self._pump_downloads()
+
+    def _pump_downloads(self) -> None:
+        room = self._cache.room
+        unable = 0  # clients in a row that may have nothing at the moment
+        while unable < len(self._wanting) and len(self._downloads) < self._rules.most:
+            client = self._wanting.popleft()
+            wish = client.take(room)
             if wish is None:
-                return
-            size, name = wish
-            if self._cache.lacks(name):
-                self._in_flight += size
-                self._start(self._downloads, partial(self._fetch, size, name))
+                unable += 1
+            else:
+                unable = 0
+                size, name = wish
+                if self._cache.lacks(name):
+                    room -= size
+                    self._start(self._downloads, partial(self._cache.fetch_ahead, name, size))
+                else:
+                    client.give_back(size)
+            if client.wanted:
+                self._wanting.append(client)
 
     def _start(self, tasks: set[asyncio.Task[None]], work: Callable[[], Awaitable[None]]) -> None:
         task = asyncio.create_task(_unless_it_fails(work))
@@ -212,29 +242,14 @@ class Prefetch:
 
         def ended(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
-            self._pump_all()
+            self._pump()
 
         task.add_done_callback(ended)
-
-    def _pump_all(self) -> None:
-        for client in tuple(self._clients.values()):
-            self._pump(client)
 
     async def _look_up(self, client: Client, hash_part: HashPart) -> None:
         known = await self._cache.look_ahead(hash_part)
         if client.connections > 0:
-            self._walk_from(client, known)
-
-    async def _fetch(self, size: int, name: NarName) -> None:
-        try:
-            await self._cache.fetch_ahead(name)
-        finally:
-            # Only then is it sure to count as used: the index takes notes together.
-            asyncio.get_running_loop().call_later(ROOM_LAG, self._landed, size)
-
-    def _landed(self, size: int) -> None:
-        self._in_flight -= size
-        self._pump_all()
+            self._walk_from(client, known, soon=False)
 
 
 async def _unless_it_fails(work: Callable[[], Awaitable[None]]) -> None:

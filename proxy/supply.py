@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,3 +114,15 @@ class OneAnswer:
     async def reject(self, _error: TrustError) -> bool:
         """There is no other."""
         return False
+
+
+async def read_ahead(supply: Supply) -> AsyncGenerator[bytes | None, None]:
+    """Iterate over what comes, reading the next piece while the last one is being worked on."""
+    following = asyncio.ensure_future(supply.read())
+    try:
+        while (data := await following) != b"":
+            following = asyncio.ensure_future(supply.read())
+            yield data
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)

@@ -70,7 +70,7 @@ def test_defaults() -> None:
                 priority=1,
                 connect_timeout=5.0,
                 read_timeout=30.0,
-                max_connections=32,
+                max_connections=64,
                 auth=None,
                 ca_file=None,
                 allow=None,
@@ -84,7 +84,7 @@ def test_defaults() -> None:
                 priority=2,
                 connect_timeout=5.0,
                 read_timeout=30.0,
-                max_connections=32,
+                max_connections=64,
                 auth=None,
                 ca_file=None,
                 allow=None,
@@ -94,7 +94,7 @@ def test_defaults() -> None:
         policy=PolicyConfig(
             mode="auto", upstream_down="not-found", negative_ttl=60.0, lookup_budget=8.0
         ),
-        prefetch=PrefetchConfig(narinfos=False, nars="off", budget=64 * 2**20),
+        prefetch=PrefetchConfig(narinfos=True, nars="wanted", budget=64 * 2**20),
         log=LogConfig(level="info", format="auto"),
     )
 
@@ -111,7 +111,7 @@ def test_everything_can_be_set() -> None:
         store = {{ path = "/srv/nix", max_size = 0, min_free = "10GB" }}
         trust.keys = ["{OFFICE_KEY}"]
         policy = {{ mode = "offline", upstream_down = "error", negative_ttl = "500ms", lookup_budget = 1.5 }}
-        prefetch = {{ narinfos = true, nars = "wanted", budget = 1024 }}
+        prefetch = {{ narinfos = false, nars = "off", budget = 1024 }}
         log = {{ level = "debug", format = "json" }}
     """)
 
@@ -119,7 +119,7 @@ def test_everything_can_be_set() -> None:
     assert config.store == StoreConfig(Path("/srv/nix"), 0, 10 * 10**9)
     assert config.trust == TrustConfig((PublicKey.parse(OFFICE_KEY),))
     assert config.policy == PolicyConfig("offline", "error", 0.5, 1.5)
-    assert config.prefetch == PrefetchConfig(narinfos=True, nars="wanted", budget=1024)
+    assert config.prefetch == PrefetchConfig(narinfos=False, nars="off", budget=1024)
     assert config.log == LogConfig("debug", "json")
 
 
@@ -367,9 +367,9 @@ def test_the_look_ahead_can_be_turned_on_in_parts() -> None:
     """A key of [prefetch] that is set leaves the others as they are."""
     default = read("[prefetch]").prefetch
 
-    assert default == PrefetchConfig(narinfos=False, nars="off", budget=64 * 2**20)
-    assert read("prefetch.narinfos = true").prefetch == replace(default, narinfos=True)
-    assert read('prefetch.nars = "wanted"').prefetch == replace(default, nars="wanted")
+    assert default == PrefetchConfig(narinfos=True, nars="wanted", budget=64 * 2**20)
+    assert read("prefetch.narinfos = false").prefetch == replace(default, narinfos=False)
+    assert read('prefetch.nars = "off"').prefetch == replace(default, nars="off")
     assert read('prefetch.budget = "1GiB"').prefetch == replace(default, budget=2**30)
 
 
@@ -427,7 +427,7 @@ def test_upstream_flag_replaces() -> None:
         ("a-example", "https://a.example", None),
         ("b-example-8080-team", "http://b.example:8080/Team", BasicAuth("me", Secret("pw"))),
     ]
-    assert [each.max_connections for each in changed.upstreams] == [32, 32]
+    assert [each.max_connections for each in changed.upstreams] == [64, 64]
     assert replace(changed, upstreams=config.upstreams) == config
 
 

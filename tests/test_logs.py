@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from proxy.events import (
+    AskedAhead,
     BreakerClosed,
     BreakerOpened,
     ConfigReloaded,
@@ -30,6 +31,7 @@ from proxy.events import (
     FastlaneClosed,
     FastlaneServed,
     Fault,
+    FetchedAhead,
     FetchEnded,
     FetchingAhead,
     FetchStarted,
@@ -109,6 +111,8 @@ LOUDNESS: list[tuple[Event, str]] = [
     (ModeChanged("offline"), "warning"),
     (FetchStarted("x.nar", "up0"), "debug"),
     (FetchingAhead("x.nar"), "debug"),
+    (FetchedAhead("x.nar", 100), "debug"),
+    (AskedAhead("x.nar", 100), "debug"),
     (FetchEnded("x.nar", "up0", 100, 0.5, None), "info"),
     (FetchEnded("x.nar", "up0", 100, 0.5, "it was cut"), "warning"),
     (StoreFailed("x.nar", "no space left"), "error"),

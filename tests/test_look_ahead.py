@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,12 +16,12 @@ from typing import Self
 import aiohttp
 import pytest
 
-from proxy.events import Evicted, FastlaneServed, RequestServed
+from proxy.events import AskedAhead, Evicted, FastlaneServed, FetchedAhead, RequestServed
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import parse_hash_part
 from proxy.prefetch import LookAhead
 from proxy.store import index, room
-from proxy.store.eviction import Limits
+from proxy.store.eviction import UNLIMITED, Limits
 from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunDaemon, RunSimulator, StartSimulator
 from tests.faults import Corrupt, Cut, Fault, Gate, Html, Request, Shorter, Status
@@ -558,9 +559,9 @@ async def test_the_first_request_says_prefetched(sim: StartSimulator, start: Sta
     async with Visitor(proxy) as visitor, Visitor(proxy, "127.0.0.2") as other:
         await visitor.narinfos(path)
         await proxy.idle()
-        assert proxy.cache.ahead_unasked == len(path.file)
+        assert proxy.cache.ahead.unasked_bytes == len(path.file)
         assert await visitor.nar(path) == "PREFETCHED"
-        assert proxy.cache.ahead_unasked == 0
+        assert proxy.cache.ahead.unasked_bytes == 0
         assert [await each.nar(path) for each in (visitor, other)] == ["HIT", "HIT"]
 
     assert cache.gets("/nar/") == 1
@@ -576,17 +577,18 @@ async def test_prefetched_while_it_arrives(sim: StartSimulator, start: Start) ->
     async with Visitor(proxy) as visitor:
         await visitor.narinfos(path)
         await gate.reached.wait()
-        assert proxy.cache.ahead_unasked > 0
+        name = nar_url(path).removeprefix("/nar/")
+        assert proxy.cache.ahead.is_unasked(name)
         first = asyncio.create_task(visitor.nar(path))
-        await proxy.eventually(lambda: proxy.cache.ahead_unasked == 0)
-        with await proxy.cache.nar(NarName.parse(nar_url(path).removeprefix("/nar/"))) as second:
+        await proxy.eventually(lambda: not proxy.cache.ahead.is_unasked(name))
+        with await proxy.cache.nar(NarName.parse(name)) as second:
             assert second.result == "COALESCED"
         gate.open()
         assert await first == "PREFETCHED"
         await proxy.idle()
         assert await visitor.nar(path) == "HIT"
 
-    assert proxy.cache.ahead_unasked == 0
+    assert proxy.cache.ahead.unasked_bytes == 0
     assert cache.gets("/nar/") == 1
 
 
@@ -616,7 +618,7 @@ async def test_what_fails_ahead(lie: str, sim: StartSimulator, start: Start) -> 
             await proxy.idle()
             assert cache.gets("/nar/") > 0
             assert (proxy.kept, proxy.partials) == (set(), [])
-            assert proxy.cache.ahead_unasked == 0
+            assert proxy.cache.ahead.unasked_bytes == 0
             answers.append(await visitor.pull(nar_url(path)))
             await proxy.idle()
             assert (proxy.kept, proxy.partials) == (set(), [])
@@ -922,3 +924,139 @@ async def test_nothing_is_evicted_for_it(
     assert 1 <= len(fetched) <= 2
     assert proxy.observed(Evicted) == []
     assert proxy.store.totals.bytes <= 9_500_000
+
+
+# --- who goes first, and what counts ------------------------------------------------------------
+
+
+async def test_what_was_evicted_is_fetched_ahead_again(
+    sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a NAR was here once keeps nobody from fetching it ahead, now that it is gone."""
+    monkeypatch.setattr(index, "COMMIT_INTERVAL", 0.05)
+    first = entry("first", 300_000)
+    cache = await sim(first)
+    proxy = await start(cache, NARS_ONLY)
+    async with Visitor(proxy) as visitor:
+        await visitor.narinfos(first)
+        assert await visitor.nar(first) == "PREFETCHED"
+        await proxy.idle()
+    proxy.store.index._room._limits = Limits(max_size=1)
+    await proxy.until(lambda: proxy.observed(Evicted))
+    proxy.store.index._room._limits = UNLIMITED
+    await proxy.eventually(lambda: proxy.cache.room > 300_000)
+    async with Visitor(proxy, "127.0.0.2") as visitor:
+        await visitor.narinfos(first)
+        await proxy.idle()
+        assert cache.gets(first.nar_path) == 2
+        assert await visitor.nar(first) == "PREFETCHED"
+
+
+async def test_room_counts_what_is_on_its_way(sim: StartSimulator, start: Start) -> None:
+    """What a client is downloading itself leaves that much less room for what is fetched ahead."""
+    own, ahead = entry("own", 700_000), entry("ahead", 500_000)
+    cache = await sim(own, ahead)
+    gate = Gate(100_000)
+    cache.fault(own.nar_path, gate)
+    off = LookAhead(narinfos=False, nars=False)
+    proxy = await start(cache, off, limits=Limits(max_size=1_000_000))
+    async with Visitor(proxy) as visitor:
+        await visitor.narinfos(own)
+        download = asyncio.create_task(visitor.nar(own))
+        await gate.reached.wait()
+        proxy.prefetch.configure(NARS_ONLY)
+        await visitor.narinfos(ahead)
+        assert proxy.prefetch._downloads == set()
+        gate.open()
+        await download
+        await proxy.idle()
+    assert cache.gets(ahead.nar_path) == 0
+
+
+async def test_on_its_way_already_costs_no_budget(sim: StartSimulator, start: Start) -> None:
+    """A NAR that somebody is downloading is not charged to another who asks for its narinfo."""
+    busy, cheap = entry("busy", 300_000), entry("cheap", 300_000)
+    cache = await sim(busy, cheap)
+    gate = Gate(100_000)
+    cache.fault(busy.nar_path, gate)
+    proxy = await start(cache, replace(NARS_ONLY, budget=len(cheap.file)))
+    async with Visitor(proxy, "127.0.0.2") as other, Visitor(proxy) as visitor:
+        download = asyncio.create_task(other.pull(nar_url(busy)))
+        await gate.reached.wait()
+        await visitor.narinfos(busy, cheap)
+        await cache.expect(cheap.nar_path).wait()
+        gate.open()
+        assert (await download).complete
+        await proxy.idle()
+
+
+async def test_a_client_comes_for_what_waits(sim: StartSimulator, start: Start) -> None:
+    """What is queued ahead of clients for a connection goes first once its client has come."""
+    paths = [entry(f"path{number}", 300_000 + number) for number in range(6)]
+    cache = await sim(*paths)
+    proxy = await start(cache, replace(NARS_ONLY, connections=16))
+    slots = proxy.failover.sources[0].upstream._nar_slots
+    while slots.take_free():
+        pass  # by somebody else
+    async with Visitor(proxy) as visitor:
+        await visitor.narinfos(*paths)
+        await proxy.eventually(lambda: len(slots._waiting) == len(paths))
+        wanted = asyncio.create_task(visitor.nar(paths[5]))
+        name = nar_url(paths[5]).removeprefix("/nar/")
+        await proxy.eventually(lambda: not proxy.cache.ahead.is_unasked(name))
+        slots.give_back()
+        assert await wanted == "PREFETCHED"
+        await proxy.idle()
+    assert asked(cache, "/nar/")[0] == paths[5].nar_path
+    assert sorted(asked(cache, "/nar/")) == sorted(nar_paths(*paths))
+
+
+async def test_clients_take_turns(sim: StartSimulator, start: Start) -> None:
+    """Who comes while another one's closure is being fetched does not wait for the end of that."""
+    many, few = entries("many", 30, 1_000), entries("few", 3, 300_000)
+    cache = await sim(*many, *few)
+    gate = Gate(None)
+    cache.fault("/nar/", gate)
+    proxy = await start(cache, replace(NARS_ONLY, connections=8))
+    async with Visitor(proxy) as early, Visitor(proxy, "127.0.0.2") as late:
+        await early.narinfos(*many)
+        await late.narinfos(*few)
+        gate.open()
+        await proxy.idle()
+    order = asked(cache, "/nar/")
+    assert len(order) == len(many) + len(few)
+    assert max(order.index(path.nar_path) for path in few) < 15
+
+
+async def test_what_was_asked_leads_to_what_is_asked_next(
+    sim: StartSimulator, start: Start
+) -> None:
+    """What a client's latest question refers to is looked up before what older ones refer to."""
+    old, new = entries("old", 40), entries("new", 3)
+    first, second = entry("first", 100, *old), entry("second", 100, *new)
+    cache = await sim(first, second, *old, *new)
+    gate = Gate(None)
+    for path in (*old, *new):
+        cache.fault(path.narinfo_path, gate)
+    proxy = await start(cache, replace(NARINFOS_ONLY, connections=8))
+    async with Visitor(proxy) as visitor:
+        await visitor.narinfos(first, second)
+        gate.open()
+        await proxy.idle()
+    order = [path for path in asked(cache) if path.endswith(".narinfo")]
+    assert max(order.index(path.narinfo_path) for path in new) < 10
+
+
+async def test_how_large_it_is_counts_for_nothing(sim: StartSimulator, start: Start) -> None:
+    """A HEAD request has not come for what was fetched ahead; the first GET has, and is counted."""
+    path = entry("path", 300_000)
+    cache = await sim(path)
+    proxy = await start(cache)
+    async with Visitor(proxy) as visitor:
+        await visitor.narinfos(path)
+        await proxy.idle()
+        await visitor.pull(nar_url(path), "HEAD")
+        assert proxy.cache.ahead.unasked_bytes == len(path.file)
+        assert await visitor.nar(path) == "PREFETCHED"
+    assert [each.size for each in proxy.observed(FetchedAhead)] == [len(path.file)]
+    assert [each.size for each in proxy.observed(AskedAhead)] == [len(path.file)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy import cache as cache_module
+from proxy import absences
 from tests.closures import SigningKey, StoreEntry
 from tests.conftest import StartSimulator
 from tests.faults import Gate, Status
@@ -149,7 +149,7 @@ async def test_bounded(
     sim: StartSimulator, key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much is absent, only so much is remembered, the latest of it."""
-    monkeypatch.setattr(cache_module, "ABSENT_PATHS", 10)
+    monkeypatch.setattr(absences, "ABSENT", 10)
     entries = [StoreEntry.make(f"absent-{number}") for number in range(30)]
     cache = await sim()
     async with proxy_of(cache, tmp_path, key) as proxy:

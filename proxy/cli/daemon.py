@@ -153,7 +153,7 @@ class Daemon:
         self._metrics.gauge(
             "prefetched_unasked_bytes",
             "Bytes fetched ahead of clients that none has asked for.",
-            lambda: cache.ahead_unasked,
+            lambda: cache.ahead.unasked_bytes,
         )
         try:
             yield prefetch

@@ -17,6 +17,7 @@ import structlog
 from proxy.config import LogConfig
 from proxy.errors import UpstreamError, UpstreamLiedError
 from proxy.events import (
+    AskedAhead,
     BreakerClosed,
     BreakerOpened,
     ConfigReloaded,
@@ -25,6 +26,7 @@ from proxy.events import (
     FastlaneClosed,
     FastlaneServed,
     Fault,
+    FetchedAhead,
     FetchEnded,
     FetchingAhead,
     FetchStarted,
@@ -103,21 +105,23 @@ class _Stderr:
             sys.stderr.flush()
 
 
-_LINES: Mapping[type[Event], tuple[str, str]] = {
-    Rejected: ("warning", "refused"),
-    NotDecoded: ("warning", "verified by FileHash alone"),
-    Fault: ("error", "a fault of the proxy itself; please report it"),
-    FastlaneClosed: ("warning", "the fast lane is closed"),
-    WorkerStarted: ("info", "worker started"),
-    WorkerEnded: ("error", "worker ended"),
-    FetchStarted: ("debug", "fetching"),
-    FetchingAhead: ("debug", "fetching ahead"),
-    Published: ("debug", "stored"),
-    Evicted: ("debug", "evicted"),
-    Quarantined: ("error", "damaged, and taken out of the store"),
-    RequestServed: ("debug", "request"),
-    FastlaneServed: ("debug", "requests"),
-    Forgotten: ("debug", "forgotten"),
+_LINES: Mapping[type[Event], tuple[int, str]] = {
+    Rejected: (logging.WARNING, "refused"),
+    NotDecoded: (logging.WARNING, "verified by FileHash alone"),
+    Fault: (logging.ERROR, "a fault of the proxy itself; please report it"),
+    FastlaneClosed: (logging.WARNING, "the fast lane is closed"),
+    WorkerStarted: (logging.INFO, "worker started"),
+    WorkerEnded: (logging.ERROR, "worker ended"),
+    FetchStarted: (logging.DEBUG, "fetching"),
+    FetchingAhead: (logging.DEBUG, "fetching ahead"),
+    FetchedAhead: (logging.DEBUG, "fetched ahead"),
+    AskedAhead: (logging.DEBUG, "asked for what was fetched ahead"),
+    Published: (logging.DEBUG, "stored"),
+    Evicted: (logging.DEBUG, "evicted"),
+    Quarantined: (logging.ERROR, "damaged, and taken out of the store"),
+    RequestServed: (logging.DEBUG, "request"),
+    FastlaneServed: (logging.DEBUG, "requests"),
+    Forgotten: (logging.DEBUG, "forgotten"),
 }
 """How loudly, and in which words, an event is told whose fields say the rest."""
 
@@ -150,7 +154,8 @@ class EventLog:
                 _log_reload(event)
             case _:
                 level, words = _LINES[type(event)]
-                getattr(log, level)(words, **asdict(event))
+                if log.is_enabled_for(level):  # most are not, and naming their fields costs
+                    log.log(level, words, **asdict(event))
 
     def _log_store(self, event: StoreFailed | StoreChanged) -> None:
         """Say what failed, but not again and again while it is known that nothing is kept."""

@@ -72,7 +72,7 @@ class UpstreamTable(Table, frozen=True):
     priority: Priority | None = None
     connect_timeout: object = "5s"
     read_timeout: object = "30s"
-    max_connections: Annotated[int, Meta(ge=2)] = 32
+    max_connections: Annotated[int, Meta(ge=2)] = 64
     auth: AuthTable | None = None
     ca_file: str | None = None
     allow: tuple[str, ...] | None = None
@@ -91,8 +91,8 @@ class PolicyTable(Table, frozen=True):
 class PrefetchTable(Table, frozen=True):
     """``[prefetch]``."""
 
-    narinfos: bool = False
-    nars: PrefetchNars = "off"
+    narinfos: bool = True
+    nars: PrefetchNars = "wanted"
     budget: object = "64MiB"
 
 

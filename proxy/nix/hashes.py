@@ -13,6 +13,7 @@ BLAKE3 is refused: Nix reads it only behind an experimental feature, and the sta
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import re
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ _DIGIT_PAIRS: Final = tuple(high + low for high in NIX32_ALPHABET for low in NIX
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/]*={0,2}")
 
 
+@functools.lru_cache(4096)  # of a path that is being fetched the same one is written ten times
 def nix32_encode(data: bytes) -> str:
     """Write bytes in nix32: the bits of the little-endian number, most significant digit first."""
     length = nix32_length(len(data))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -23,13 +24,13 @@ from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.files import OpenFile, Partial, disk
 from proxy.store.incoming import Incoming
 from proxy.store.index import Index
-from proxy.store.layout import SIDE_FOLDERS
 from proxy.store.leftovers import Lasting, Leftovers
 from proxy.store.lock import FolderLock, refuse_foreign
 from proxy.store.pins import PinFiles
 from proxy.store.publisher import Publication, Publisher, Rename
 from proxy.store.quarantine import Quarantine
 from proxy.store.reader import StoreReader, read
+from proxy.store.remembered import Remembered
 from proxy.store.scan import has_nar, remove_leftovers
 from proxy.store.verification import Verification
 from proxy.store.watch import Watch
@@ -85,6 +86,8 @@ class Store(StoreReader):
             except BaseException:
                 self._lock.release()
                 raise
+        self.on_evicted: Callable[[str], None] = lambda _name: None
+        """Called with the file name of each NAR that was evicted."""
         self.index = Index(
             self.layout,
             self._on_index_failure,
@@ -95,6 +98,7 @@ class Store(StoreReader):
         self._publisher = Publisher(self._on_published)
         self._watch = Watch(self._probe, observer)
         self._tidying = self._loop.call_later(TIDY_EVERY, self._tidy)
+        self._remembered = Remembered(self.layout, self._write_remembered, self._on_not_remembered)
 
     @property
     def not_keeping(self) -> str:
@@ -124,6 +128,7 @@ class Store(StoreReader):
         """Publish what is verified, write the index, and let go of the folder."""
         self._tidying.cancel()
         await self._watch.close()
+        await self._remembered.close()
         await asyncio.to_thread(self._publisher.close)
         await asyncio.to_thread(self.index.close)
         self._lock.release()
@@ -143,28 +148,16 @@ class Store(StoreReader):
         Raises:
             StoreError: The disk failed.
         """
-        return read(self.layout.remembered_narinfo(upstream, hash_part))
+        return self._remembered.get(upstream, hash_part)
 
     def remember_narinfo(self, upstream: str, hash_part: HashPart, text: bytes) -> None:
-        """Keep an upstream's own narinfo, so that its NAR can be fetched later without asking again.
-
-        It is not flushed to the disk: losing it costs one question to the upstream.
-        """
-        if self.not_keeping:
-            return
-        path = self.layout.remembered_narinfo(upstream, hash_part)
-        try:
-            with self._watched(), disk("cannot remember a narinfo"):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._write(path, text)
-            self.index.remembered(path)
-        except StoreError as error:
-            self._observer(StoreFailed(path.name, str(error)))
+        """Keep an upstream's own narinfo, so that its NAR can be fetched later without asking again."""
+        if not self.not_keeping:
+            self._remembered.put(upstream, hash_part, text)
 
     def forget_narinfo(self, upstream: str, hash_part: HashPart) -> None:
         """Forget what `remember_narinfo` kept; it was wrong or has gone out of date."""
-        with contextlib.suppress(OSError):
-            self.layout.remembered_narinfo(upstream, hash_part).unlink(missing_ok=True)
+        self._remembered.forget(upstream, hash_part)
 
     def open_nar(self, name: NarName) -> OpenFile | None:
         """Open a NAR that is here: `StoreReader.open_nar`.
@@ -234,7 +227,7 @@ class Store(StoreReader):
         Raises:
             StoreError: The disk failed.
         """
-        return Partial(self.layout.partials / str(next(self._serial)))
+        return Partial(self._new_path())
 
     async def publish_nar(
         self, name: NarName, partial: Partial, narinfo: bytes, *, origin: str
@@ -250,17 +243,12 @@ class Store(StoreReader):
         Raises:
             StoreError: The disk failed; nothing has its final name that is not complete.
         """
-        try:
-            with self._watched():
-                text = self._written(narinfo)
-        except StoreError:
-            partial.discard()
-            raise
         nar = self.layout.nar(name)
-        renames = (Rename(partial.path, nar), Rename(text, self.layout.narinfo(name.hash_part)))
+        renames = (Rename(partial.path, nar), self._described(name, narinfo))
         superseded = (self.layout.remembered_narinfo(origin, name.hash_part),)
         try:
             await self._publish(Publication(renames, origin=origin, superseded=superseded))
+            self._remembered.supersede(origin, name.hash_part)
         except StoreError:
             self.index.added(nar, origin)  # it takes room, if it was renamed before that
             raise
@@ -271,11 +259,10 @@ class Store(StoreReader):
         Raises:
             StoreError: The disk failed.
         """
-        target = self.layout.narinfo(name.hash_part)
         superseded = (self.layout.remembered_narinfo(origin, name.hash_part),)
-        with self._watched():
-            renames = (Rename(self._written(narinfo), target),)
+        renames = (self._described(name, narinfo),)
         await self._publish(Publication(renames, origin=origin, superseded=superseded))
+        self._remembered.supersede(origin, name.hash_part)
 
     async def publish_file(self, path: str, partial: Partial, *, origin: str) -> None:
         """Give another complete file its final name, durably; takes over ``partial``.
@@ -294,8 +281,15 @@ class Store(StoreReader):
         await self._publish(Publication(renames=(Rename(partial.path, target),), origin=origin))
 
     async def _publish(self, publication: Publication) -> None:
+        published = asyncio.wrap_future(self._publisher.submit(publication))
+        published.add_done_callback(functools.partial(self._tell_published, publication))
         with self._watched():
-            await asyncio.wrap_future(self._publisher.submit(publication))
+            await asyncio.shield(published)
+
+    def _tell_published(self, publication: Publication, published: asyncio.Future[None]) -> None:
+        if not published.cancelled() and published.exception() is None:
+            target = publication.renames[0].target
+            self._observer(Published(target.name, publication.origin))
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -337,23 +331,34 @@ class Store(StoreReader):
 
     def _on_published(self, publication: Publication) -> None:
         """Called on the publisher's thread."""
+        first = publication.renames[0].target
+        there = first.suffix != ".narinfo" or has_nar(self.layout, first)
         for rename in publication.renames:
             self._quarantine.replaced(rename.target)
-            self._withdraw_if_useless(rename.target)
-            self.index.added(rename.target, publication.origin)
-        self._loop.call_soon_threadsafe(
-            self._observer, Published(publication.renames[0].target.name, publication.origin)
-        )
+            if not there:  # evicted while it was published: its narinfo leads to nothing
+                with contextlib.suppress(OSError):
+                    rename.target.unlink()
+            there = self.index.added(rename.target, publication.origin)
 
-    def _withdraw_if_useless(self, path: Path) -> None:
-        """Remove a narinfo whose NAR was evicted while it was published; it leads to nothing."""
-        if path.suffix == ".narinfo" and not has_nar(self.layout, path):
-            with contextlib.suppress(OSError):
-                path.unlink()
+    def _write_remembered(self, path: Path, text: bytes) -> None:
+        """Called on a thread."""
+        self._write(path, text)
+        self.index.remembered(path)
+
+    def _on_not_remembered(self, path: Path, error: StoreError) -> None:
+        """Called on the thread that writes it."""
+        self._loop.call_soon_threadsafe(self._observer, StoreFailed(path.name, str(error)))
+        self._watch.failed()
 
     def _on_evicted(self, name: str, size: int) -> None:
         """Called on the index's thread."""
-        self._loop.call_soon_threadsafe(self._observer, Evicted(name, size))
+        self._loop.call_soon_threadsafe(self._tell_evicted, name, size)
+
+    def _tell_evicted(self, name: str, size: int) -> None:
+        self._observer(Evicted(name, size))
+        folder, _, nar = name.partition("/")
+        if folder == self.layout.nars.name:
+            self.on_evicted(nar)
 
     def _on_index_failure(self, reason: str) -> None:
         """Called on the index's thread."""
@@ -368,16 +373,12 @@ class Store(StoreReader):
             self.index.used(path)
         return file
 
-    def _written(self, content: bytes) -> Path:
-        """Write a small file that is to be published."""
-        partial = self.partial()
-        try:
-            partial.append(content)
-        except StoreError:
-            partial.discard()
-            raise
-        partial.close()
-        return partial.path
+    def _described(self, name: NarName, narinfo: bytes) -> Rename:
+        """Say that a NAR's narinfo is to be written."""
+        return Rename(self._new_path(), self.layout.narinfo(name.hash_part), narinfo)
+
+    def _new_path(self) -> Path:
+        return self.layout.partials / str(next(self._serial))
 
     def _write(self, path: Path, content: bytes, *, durable: bool = False) -> None:
         """Replace a small file in one step."""
@@ -391,10 +392,5 @@ class Store(StoreReader):
             partial.discard()
 
     def _make_folders(self) -> None:
-        for folder in (
-            self.layout.nars,
-            *(self.layout.root / name for name in SIDE_FOLDERS),
-            self.layout.partials,
-            self.layout.remembered,
-        ):
+        for folder in self.layout.folders:
             folder.mkdir(parents=True, exist_ok=True)

@@ -98,12 +98,18 @@ class Index:
         pinned: Collection[HashPart] = (),
     ) -> None:
         self._layout = layout
+        self._prefix = len(str(layout.root / "_")) - 1
         self._on_failure = on_failure
         self._pinned = pinned
         self._questions: list[_Question] = []
         self._notes: queue.SimpleQueue[_Note | None] = queue.SimpleQueue()
         self._totals = Totals(0, 0)
         self._room = Room(layout, limits, on_failure, on_evicted)
+        self._added_bytes = 0
+        self._written_bytes = 0
+        self._measured_bytes = 0
+        self._adding = threading.Lock()
+        self._hurry = threading.Event()
         self._scanned = threading.Event()
         self._closing = False
         self._agrees = True
@@ -118,8 +124,8 @@ class Index:
 
     @property
     def room(self) -> int:
-        """Bytes that can be kept before anything has to be evicted; as of the last transaction."""
-        return self._room.left
+        """Bytes that can be kept before anything has to be evicted, all that was added being counted."""
+        return self._room.left - (self._added_bytes - self._measured_bytes)
 
     @property
     def used_bytes(self) -> int:
@@ -135,10 +141,16 @@ class Index:
         """Block until the index is known to agree with the folder; False when time ran out first."""
         return self._scanned.wait(timeout)
 
-    def added(self, path: Path, origin: str) -> None:
-        """Note that a file has its final name now. Called from any thread."""
-        with contextlib.suppress(OSError):
-            self._notes.put(_Added(self._name(path), disk_usage(path.stat()), origin))
+    def added(self, path: Path, origin: str) -> bool:
+        """Note that a file has its final name now; False when it is gone again. From any thread."""
+        try:
+            size = disk_usage(path.stat())
+        except OSError:
+            return False
+        with self._adding:
+            self._added_bytes += size
+        self._notes.put(_Added(self._name(path), size, origin))
+        return True
 
     def removed(self, path: Path) -> None:
         """Note that a file has been taken away. Called from any thread."""
@@ -168,6 +180,7 @@ class Index:
         """
         future: Future[T] = Future()
         self._notes.put(_Question(answer, future))
+        self._hurry.set()
         if not self._thread.is_alive():
             self._refuse_questions()
         return future
@@ -209,10 +222,11 @@ class Index:
     def close(self) -> None:
         """Write what is pending and close. Blocks; call it off the event loop."""
         self._notes.put(None)
+        self._hurry.set()
         self._thread.join()
 
     def _name(self, path: Path) -> str:
-        return path.relative_to(self._layout.root).as_posix()
+        return str(path)[self._prefix :]
 
     def _run(self) -> None:
         try:
@@ -234,7 +248,7 @@ class Index:
         self._totals = database.totals
         database.pin(self._pinned)
         if agrees:
-            self._room.measure(database)
+            self._measure(database)
             self._scanned.set()
         while not self._closing:
             if not self._scanned.is_set():
@@ -243,6 +257,7 @@ class Index:
             if self._scanned.is_set():
                 self._answer(database)
                 self._room.forget()
+                self._measured_bytes = self._written_bytes
                 self._evicting = self._room.make(database)
                 self._totals = database.totals
         database.close(agrees=self._agrees and self._scanned.is_set())
@@ -262,24 +277,28 @@ class Index:
         self._totals = database.totals
         if looked_at == 0:
             database.scanned()
-            self._room.measure(database)
+            self._measure(database)
             self._scanned.set()
+
+    def _measure(self, database: Database) -> None:
+        self._measured_bytes = self._written_bytes
+        self._room.measure(database)
 
     def _gather(self) -> list[_Note]:
         """Collect notes for a while, or until the index is being closed."""
         notes: list[_Note] = []
         busy = self._evicting or not self._scanned.is_set()
-        deadline = time.monotonic() + (0 if busy else COMMIT_INTERVAL)
+        if not busy:
+            self._hurry.wait(COMMIT_INTERVAL)  # to be woken by each of them would cost more
+        self._hurry.clear()
         with contextlib.suppress(queue.Empty):
             while True:
-                remaining = max(0.0, deadline - time.monotonic())
-                note = self._notes.get(block=remaining > 0, timeout=remaining)
+                note = self._notes.get_nowait()
                 if note is None:
                     self._closing = True
                     break
                 if isinstance(note, _Question):
                     self._questions.append(note)
-                    deadline = 0.0  # somebody waits
                 else:
                     notes.append(note)
         return notes
@@ -289,6 +308,7 @@ class Index:
             for note in notes:
                 if isinstance(note, _Added):
                     database.add(note.name, note.size, note.origin)
+                    self._written_bytes += note.size
                 elif isinstance(note, _Removed):
                     database.remove(note.name)
                 elif isinstance(note, _PathsUsed):

@@ -32,6 +32,12 @@ class Layout:
         self.lock = self.state / "lock"
         self.control = self.state / "control.sock"
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that are always there."""
+        sides = (self.root / name for name in SIDE_FOLDERS)
+        return (self.nars, *sides, self.partials, self.remembered)
+
     def narinfo(self, hash_part: HashPart) -> Path:
         """The narinfo of a path whose NAR is here too."""
         return self.root / f"{hash_part}.narinfo"

@@ -2,13 +2,13 @@
 
 A file is on the disk before its name is, and a NAR's name before that of its narinfo:
 
-1. write each narinfo to a partial file; flush all the files of the batch to the disk (``fsync``);
+1. write the narinfos to partial files; flush all the files of the batch to the disk (``fsync``);
 2. rename the NARs and other files; flush their folders;
 3. rename the narinfos; flush the store folder.
 
 A crash between any two steps leaves a valid binary cache. Clients do not wait for any of this: while one
 batch is being flushed the next one gathers, so that thousands of small NARs share a few journal commits
-instead of waiting for one each.
+instead of waiting for one each. A batch waits a moment for company, since its flushes cost the same.
 
 A file whose flush failed is given up, never flushed again: the kernel marks its pages clean after the
 first failure, so that a second ``fsync`` would succeed without the bytes being on the disk.
@@ -16,18 +16,25 @@ first failure, so that a second ``fsync`` would succeed without the bytes being 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from proxy.errors import StoreError
+from proxy.store.files import Partial
 
 BATCH = 512
 """Publications in one batch: bounds how long the first of them waits for the last."""
+
+COMPANY = 0.02
+"""Seconds that the first publication of a batch waits for others: about what flushing a batch takes."""
 
 FLUSHERS = 8
 """Concurrent ``fsync``: the journal commits them together, while one after the other they would not."""
@@ -35,10 +42,14 @@ FLUSHERS = 8
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """A complete file and the name that it shall have."""
+    """A file and the name that it shall have.
+
+    ``content`` is what is to be written to the new file ``source``; None when that is complete already.
+    """
 
     source: Path
     target: Path
+    content: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +105,24 @@ class Publisher:
 
     def _gather(self) -> tuple[list[Publication], bool]:
         """Wait for a publication, and take what else is there; False when it was the last batch."""
-        batch: list[Publication] = []
-        while len(batch) < BATCH:
-            try:
-                item = self._queue.get(block=not batch)
-            except queue.Empty:
-                break
-            if item is None:
-                return batch, False
-            batch.append(item)
+        first = self._queue.get()
+        if first is None:
+            return [], False
+        batch = [first]
+        time.sleep(COMPANY)  # to be woken by each of them would cost more
+        with contextlib.suppress(queue.Empty):
+            while len(batch) < BATCH:
+                item = self._queue.get_nowait()
+                if item is None:
+                    return batch, False
+                batch.append(item)
         return batch, True
 
     def _publish(self, batch: list[Publication]) -> None:
-        batch = self._survivors(batch, self._flushers.map(_flush_sources, batch))
+        share = -(-len(batch) // FLUSHERS) or 1
+        shares = [batch[at : at + share] for at in range(0, len(batch), share)]
+        flushed_shares = self._flushers.map(_write_and_flush_all, shares)
+        batch = self._survivors(batch, itertools.chain.from_iterable(flushed_shares))
         for stage in (0, 1):
             batch = self._survivors(batch, (_rename(item, stage) for item in batch))
             folders = {folder for item in batch if (folder := _folder(item, stage)) is not None}
@@ -125,7 +141,7 @@ class Publisher:
             item.done.set_result(None)
 
     def _survivors(
-        self, batch: list[Publication], outcomes: Iterable[OSError | None]
+        self, batch: list[Publication], outcomes: Iterable[OSError | StoreError | None]
     ) -> list[Publication]:
         """Give up the publications whose last step failed; return the others."""
         survivors = []
@@ -140,10 +156,10 @@ class Publisher:
         return survivors
 
 
-def _failure_of(step: Callable[..., object], *args: object) -> OSError | None:
+def _failure_of(step: Callable[..., object], *args: object) -> OSError | StoreError | None:
     try:
         step(*args)
-    except OSError as error:
+    except (OSError, StoreError) as error:
         return error
     return None
 
@@ -156,12 +172,28 @@ def _flush(path: Path) -> None:
         os.close(fd)
 
 
-def _flush_sources(item: Publication) -> OSError | None:
-    failures = (_failure_of(_flush, rename.source) for rename in item.renames)
+def _write_and_flush(rename: Rename) -> None:
+    if rename.content is None:
+        _flush(rename.source)
+        return
+    partial = Partial(rename.source)
+    try:
+        partial.append(rename.content)
+        partial.flush()
+    finally:
+        partial.close()
+
+
+def _write_and_flush_all(items: Iterable[Publication]) -> list[OSError | StoreError | None]:
+    return [_written_and_flushed(item) for item in items]
+
+
+def _written_and_flushed(item: Publication) -> OSError | StoreError | None:
+    failures = (_failure_of(_write_and_flush, rename) for rename in item.renames)
     return next((error for error in failures if error is not None), None)
 
 
-def _rename(item: Publication, stage: int) -> OSError | None:
+def _rename(item: Publication, stage: int) -> OSError | StoreError | None:
     if stage >= len(item.renames):
         return None
     rename = item.renames[stage]

@@ -24,6 +24,13 @@ from proxy.upstream.resume import beginning
 MAX_FILE = 256 * 2**20
 """Bytes of a decoded log, listing, …: nobody reads more, and a small body could unpack to anything."""
 
+ENOUGH = 64 * 2**10
+"""Bytes that are worth the steps that a piece takes on its way to the disk."""
+
+LULL = 0.005
+"""Seconds in which more may come, where there is less than that: a closure is thousands of small files, and
+dozens of them arrive at once, all in small pieces."""
+
 DRAIN_TIMEOUT = 1.0
 """Seconds for that; the status is known already."""
 
@@ -59,7 +66,13 @@ class Body:
             UpstreamError: The connection broke, or no byte came in time.
         """
         with translated(self._upstream):
-            return await self._response.content.readany()
+            content = self._response.content
+            data = await content.readany()
+            if 0 < len(data) < ENOUGH and not content.at_eof():
+                await asyncio.sleep(LULL)
+                if content.exception() is None:  # else the next call raises it
+                    data += content.read_nowait()
+            return data
 
     async def read_decoded(self, limit: int) -> bytes:
         """Read everything, undo its content coding, and return it.

@@ -42,6 +42,7 @@ from proxy.upstream.answer import Body, drain, retry_after, translated
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.credentials import Credentials, anonymous
 from proxy.upstream.reference import resolved
+from proxy.upstream.slots import Slots
 
 MAX_REDIRECTS = 5
 
@@ -103,7 +104,8 @@ class Upstream:
         self._credentials = credentials
         self._proxies = urllib.request.getproxies()
         self._header_timeout = connect_timeout + read_timeout
-        self._nar_slots = asyncio.Semaphore(max(1, int(max_connections * NAR_SHARE)))
+        self._slots = Slots(max_connections)
+        self._nar_slots = Slots(max(1, int(max_connections * NAR_SHARE)))
         tls = ssl.create_default_context(cafile=ca_file) if ca_file else True
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=max_connections, ttl_dns_cache=300, ssl=tls),
@@ -132,7 +134,8 @@ class Upstream:
             UpstreamProtocolError: What came is not a narinfo.
             UpstreamError: Anything else went wrong.
         """
-        async with self._request("GET", f"{self.url}/{hash_part}.narinfo", {}) as response:
+        url = f"{self.url}/{hash_part}.narinfo"
+        async with self._slot(self._slots), self._request("GET", url, {}) as response:
             text = await Body(self.name, response).read_decoded(MAX_NARINFO)
         try:
             return narinfo.parse(text), text
@@ -148,7 +151,8 @@ class Upstream:
             UpstreamError: Anything else went wrong.
         """
         headers = {"Accept-Encoding": "zstd, br, gzip"}
-        async with self._request("GET", f"{self.url}/{path}", headers) as response:
+        url = f"{self.url}/{path}"
+        async with self._slot(self._slots), self._request("GET", url, headers) as response:
             self._refuse_page(response)
             yield Body(self.name, response)
 
@@ -167,7 +171,11 @@ class Upstream:
             UpstreamError: Anything else went wrong; also while the body is read.
         """
         url = self.resolve(reference)
-        async with self._nar_slot(), self._request("GET", url, dict(headers or {})) as response:
+        async with (
+            self._slot(self._nar_slots),
+            self._slot(self._slots),
+            self._request("GET", url, dict(headers or {})) as response,
+        ):
             self._refuse_page(response)
             self._refuse_coding(response)
             yield Body(self.name, response)
@@ -179,7 +187,8 @@ class Upstream:
             NotFoundError: It is not there.
             UpstreamError: Anything else went wrong.
         """
-        async with self._request("HEAD", self.resolve(reference), {}) as response:
+        url = self.resolve(reference)
+        async with self._slot(self._slots), self._request("HEAD", url, {}) as response:
             self._refuse_coding(response)
             return response.content_length
 
@@ -275,13 +284,14 @@ class Upstream:
             raise UpstreamProtocolError(self.name, f"sent a NAR with Content-Encoding {coding!r}")
 
     @contextlib.asynccontextmanager
-    async def _nar_slot(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(SLOT_TIMEOUT):
-                await self._nar_slots.acquire()
-        except TimeoutError as error:
-            raise UpstreamSkippedError(self.name, "all its connections are busy") from error
+    async def _slot(self, slots: Slots) -> AsyncIterator[None]:
+        if not slots.take_free():
+            try:
+                async with asyncio.timeout(SLOT_TIMEOUT):
+                    await slots.take()
+            except TimeoutError as error:
+                raise UpstreamSkippedError(self.name, "all its connections are busy") from error
         try:
             yield
         finally:
-            self._nar_slots.release()
+            slots.give_back()

