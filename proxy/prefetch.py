@@ -19,7 +19,7 @@ import asyncio
 import heapq
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -61,7 +61,7 @@ class LookAhead:
 
     @property
     def most(self) -> int:
-        """Lookups at the same time, and again downloads."""
+        """Downloads at the same time; and lookups, but those may have both shares while nothing else can."""
         return int(self.connections * SHARE) if self.connections >= FEWEST else 0
 
 
@@ -100,13 +100,17 @@ class Client:
         """What `take` gave costs nothing: it is here, or on its way for somebody else."""
         self.budget += 0 if self.fetches else size
 
-    def will_ask(self, references: Iterable[HashPart], *, soon: bool) -> None:
-        """Note what is to be looked up: before all else what follows from the client's own question."""
-        for hash_part in reversed(tuple(references)) if soon else references:
+    def will_ask(self, references: Sequence[HashPart]) -> None:
+        """Note what is to be looked up, before all that was to be until now.
+
+        Depth first, as Nix goes: what follows from where it is comes before the rest of what follows from
+        where it was.
+        """
+        for hash_part in reversed(references):
             if hash_part not in self.walked and len(self.walked) < WALKED:
                 self.walked.add(hash_part)
                 self.to_walk[hash_part] = None
-            if soon and hash_part in self.to_walk:
+            if hash_part in self.to_walk:
                 self.to_walk.move_to_end(hash_part, last=False)
 
 
@@ -190,7 +194,7 @@ class Prefetch:
             heapq.heappush(client.wanted, (size, next(self._order), known.info.nar_name))
             if client not in self._wanting:
                 self._wanting.append(client)
-        self._walk_from(client, known, soon=True)
+        self._walk_from(client, known)
         self._pump()
 
     def asked_nar(self, name: str) -> None:
@@ -200,16 +204,22 @@ class Prefetch:
             client.fetches = True
             self._pump()
 
-    def _walk_from(self, client: Client, known: KnownPath, *, soon: bool) -> None:
+    def _walk_from(self, client: Client, known: KnownPath) -> None:
         if not self._rules.narinfos or known.kept:
             return  # of what is here, so is most of what it refers to
-        client.will_ask((each.hash_part for each in known.info.references), soon=soon)
+        client.will_ask([each.hash_part for each in known.info.references])
         if client.to_walk and client not in self._walking:
             self._walking.append(client)
 
     def _pump(self) -> None:
-        """Start as much as there are connections for; clients take turns."""
-        while self._walking and len(self._lookups) < self._rules.most:
+        """Start as much as there are connections for; clients take turns.
+
+        Lookups have the connections of downloads as well, as long as there is nothing to download.
+        """
+        most = self._rules.most
+        if not self._wanting:
+            most = max(most, 2 * most - self._cache.fetches_in_flight)
+        while self._walking and len(self._lookups) < most:
             client = self._walking.popleft()
             if client.to_walk:
                 hash_part, _ = client.to_walk.popitem(last=False)
@@ -220,7 +230,8 @@ class Prefetch:
     def _pump_downloads(self) -> None:
         room = self._cache.room
         unable = 0  # clients in a row that may have nothing at the moment
-        while unable < len(self._wanting) and len(self._downloads) < self._rules.most:
+        most = min(self._rules.most, 2 * self._rules.most - len(self._lookups))
+        while unable < len(self._wanting) and len(self._downloads) < most:
             client = self._wanting.popleft()
             wish = client.take(room)
             if wish is None:
@@ -249,7 +260,7 @@ class Prefetch:
     async def _look_up(self, client: Client, hash_part: HashPart) -> None:
         known = await self._cache.look_ahead(hash_part)
         if client.connections > 0:
-            self._walk_from(client, known, soon=False)
+            self._walk_from(client, known)
 
 
 async def _unless_it_fails(work: Callable[[], Awaitable[None]]) -> None:

@@ -1044,7 +1044,7 @@ async def test_what_was_asked_leads_to_what_is_asked_next(
         gate.open()
         await proxy.idle()
     order = [path for path in asked(cache) if path.endswith(".narinfo")]
-    assert max(order.index(path.narinfo_path) for path in new) < 10
+    assert max(order.index(path.narinfo_path) for path in new) < 12
 
 
 async def test_how_large_it_is_counts_for_nothing(sim: StartSimulator, start: Start) -> None:
