@@ -153,11 +153,14 @@ def draw(results: Path) -> str:
     """Return a picture of the results in a folder, as SVG.
 
     Raises:
-        FileNotFoundError: Some are missing.
+        FileNotFoundError: There are none.
     """
+    files = {name: results / f"{name}.json" for name in _PANELS}
     panels = [
-        panel(json.loads((results / f"{name}.json").read_text())) for name, panel in _PANELS.items()
+        _PANELS[name](json.loads(file.read_text())) for name, file in files.items() if file.exists()
     ]
+    if not panels:
+        raise FileNotFoundError(f"there are no results in {results}")
     parts, top = [], 10
     for panel in panels:
         parts.append(panel.draw(top))
