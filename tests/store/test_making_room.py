@@ -46,6 +46,7 @@ class Folder:
             on_evicted=lambda name, _size: self.evicted.append(name),
             pinned=[hash_part(number) for number in pinned],
         )
+        assert self.index.wait_scanned(PATIENCE)  # no scan meets a file that is half written
 
     def put(self, number: int, size: int, use: Callable[[Path], object] = id) -> None:
         """Put a path there, and begin to ``use`` its NAR before the index knows of it."""
