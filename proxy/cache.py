@@ -63,7 +63,7 @@ class Cache:
         self._observer = observer
         self.clock = clock
         self._known = KnownPaths(store, failover, observer, on_learnt=self._is_present)
-        self._supplier = Supplier(store, failover, self._known, observer)
+        self._supplier = Supplier(store, failover, self._known, observer, clock)
         self.hot_narinfo = self._known.hot
         """Returns a path's narinfo if it is in memory; this counts as no use."""
         self._absences = Absences(negative_ttl, clock)

@@ -4,9 +4,9 @@ A fetch is a task of the daemon, not of any request: no client can cancel it, sl
 The writer appends to a partial file and says how far it is; each reader reads the file at a position of
 its own, so that readers cost no memory and do not notice each other.
 
-What was written may be read at once, except for the last `HELD_BACK` bytes: those are released when the
-whole file has been verified, so a reader of a bad file never gets it complete. A file smaller than that
-is released whole or not at all.
+What the verifier has seen may be read at once, except for the last `HELD_BACK` bytes of it; those of the
+file are released when the whole has been verified, so a reader of a bad file never gets it complete. A file
+of `WHOLE` bytes or less is released whole or not at all.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ from proxy.store.incoming import Cursor, Incoming, Leftover
 from proxy.store.leftovers import MIN_SIZE
 from proxy.supply import Supply, Verifier, read_ahead
 
-HELD_BACK = 16 * 2**10
-"""Bytes at the end that wait for the verdict: enough that what came before is useless to a program that
-ignores the cut connection, few enough that nobody waits for them."""
+HELD_BACK = 64 * 2**10
+"""Bytes that readers are behind the verifier. A chunk of LZMA2 is no longer, and where it ends shows whether
+it was damaged, so that most damage of an xz file is noticed before it gets out."""
+
+WHOLE = 256 * 2**10
+"""Bytes of a file that is not worth streaming: as long as nobody has any of it, another upstream may deliver
+it instead."""
 
 PIECE = 2**20
 """Bytes that are read at once of what was left of a download."""
@@ -76,6 +80,7 @@ class Fetch:
         self._incoming = incoming
         self._executor = executor
         self._observer = observer
+        self._taken = self._judged = 0
         self._verified = False
         self._published = False
         self._changed = asyncio.Event()
@@ -89,10 +94,12 @@ class Fetch:
     @property
     def released(self) -> int:
         """Bytes that may be read."""
-        if self._verified:
-            return self._incoming.size
-        end = self._incoming.size if self.size is None else self.size
-        return max(0, min(self._incoming.size, end - HELD_BACK))
+        return self._incoming.size if self._verified else self._released_of(self._judged)
+
+    @property
+    def committed(self) -> int:
+        """Bytes that will have been released, at most, once what was taken so far has been looked at."""
+        return self._released_of(self._taken)
 
     @property
     def can_be_joined(self) -> bool:
@@ -219,6 +226,7 @@ class Fetch:
             try:
                 await self._attempt(supply)
             except TrustError as error:
+                self._taken = self._judged
                 if not await supply.reject(error):
                     raise
                 self._report(error)
@@ -232,57 +240,65 @@ class Fetch:
 
     async def _attempt(self, supply: Supply) -> None:
         self.upstream = supply.upstream
-        self.size = _agreed_size(supply.promise.size, supply.size)
-        verifier = supply.promise.verifier()
-        await self._begin(supply, verifier)
-        finished = False
+        finished, verifier = False, await self._begin(supply)
         async with contextlib.aclosing(read_ahead(supply)) as pieces:
             async for data in pieces:
                 if data is None:
                     await self._work(self._incoming.start_over)
-                    self.size = _agreed_size(supply.promise.size, supply.size)
-                    verifier = supply.promise.verifier()
-                    await self._begin(supply, verifier)
+                    verifier = await self._begin(supply)
                 else:
-                    finished = self._incoming.size + len(data) == self.size
+                    self._taken += len(data)
+                    finished = self._taken == self.size
                     await self._work(self._absorb, verifier, data, finished)
+                    self._release()
                     await self._room()
         if self.size is not None and self._incoming.size != self.size:
             raise SizeMismatchError(f"{self._incoming.size} bytes arrived instead of {self.size}")
         if not finished:
             await self._work(verifier.finish)
 
-    async def _begin(self, supply: Supply, verifier: Verifier) -> None:
+    async def _begin(self, supply: Supply) -> Verifier:
         """Go on with what was left of an earlier download, or make one that can be left."""
-        leftover = self._incoming.leftover
-        if leftover is None:
+        self._taken = self._judged = 0
+        self.size = supply.promise.agreed_size(supply.size)
+        verifier = supply.promise.verifier()
+        if (leftover := self._incoming.leftover) is None:
             if supply.origin is not None and (self.size or 0) >= MIN_SIZE:
                 self._incoming.keep(supply.origin)
-            return
-        while self._incoming.size < leftover.size:
-            await self._work(
-                self._recall, verifier, min(PIECE, leftover.size - self._incoming.size)
-            )
+            return verifier
+        while (left := leftover.size - self._taken) > 0:
+            await self._work(self._recall, verifier, min(PIECE, left))
+            self._taken = self._incoming.size
+            self._release()
+        return verifier
 
     def _recall(self, verifier: Verifier, count: int) -> None:
-        """Verify what is on the disk, and let the readers have it. On a worker thread."""
+        """Verify what is on the disk. On a worker thread."""
         data = self._incoming.recall(count)
         if not data:
             raise SizeMismatchError("what was left of the download is shorter now")
-        self._loop.call_soon_threadsafe(self._wake)
         verifier.feed(data)
 
     def _absorb(self, verifier: Verifier, data: bytes, last: bool) -> None:  # noqa: FBT001
-        """Write, let the readers have it, and only then spend time on verifying. On a worker thread.
+        """Write and verify. On a worker thread.
 
         The ``last`` piece is judged with the whole: for a small file a second step would cost as much.
         """
         self._incoming.append(data)
-        if not last:  # else there is news in a moment
-            self._loop.call_soon_threadsafe(self._wake)
         verifier.feed(data)
         if last:
             verifier.finish()
+
+    def _release(self) -> None:
+        """Let the readers have what the verifier has seen, but for what is held back."""
+        before, self._judged = self.released, self._taken
+        if self.released > before:
+            self._wake()
+
+    def _released_of(self, count: int) -> int:
+        """Return how many of the first ``count`` bytes are released before the verdict."""
+        end = count if self.size is None else self.size
+        return 0 if end <= WHOLE else max(0, min(count, end) - HELD_BACK)
 
     async def _room(self) -> None:
         """Wait for the readers, where memory is all there is.
@@ -378,13 +394,6 @@ class Reader:
         """Close the descriptor; safe to repeat."""
         self._cursor.close()
         self.fetch.moved()
-
-
-def _agreed_size(expected: int | None, announced: int | None) -> int | None:
-    """Take the upstream's word for the size, unless the narinfo's word is another."""
-    if expected is None or announced in (None, expected):
-        return announced if expected is None else expected
-    raise SizeMismatchError(f"the upstream announces {announced} bytes, the narinfo {expected}")
 
 
 OpenSupply = Callable[[Fetch], AbstractAsyncContextManager[Supply]]

@@ -6,10 +6,13 @@ import random
 from collections.abc import Callable
 
 ATTEMPTS = 20
-"""Attempts that fail without having brought much, once readers have something."""
+"""Attempts that fail without having brought much."""
 
 FIRST_ATTEMPTS = 3
-"""Attempts as long as readers have nothing: they can still go elsewhere."""
+"""Attempts in a row that bring hardly anything, as long as readers have nothing: they can go elsewhere."""
+
+SOMETHING = 2**14
+"""Bytes that are more than hardly anything."""
 
 MUCH = 2**20
 """Bytes after which a failed attempt does not count: whoever brings so much gets somewhere."""
@@ -41,6 +44,7 @@ class Patience:
         self._brought = 0
         self._attempts = 0
         self._in_vain = 0
+        self._fruitless = 0
 
     def heard(self, now: float, count: int) -> None:
         """Note that bytes arrived."""
@@ -62,13 +66,11 @@ class Patience:
             Seconds until the next attempt; None to give up.
         """
         self._attempts += 1
+        self._fruitless = 0 if self._brought >= SOMETHING else self._fruitless + 1
         self._brought = 0
         spread = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._in_vain, 10)) * self._jitter()
         self._in_vain += 1
         pause = max(spread, min(wish, LONGEST_RETRY_AFTER))
-        most, silence = ATTEMPTS, LONGEST_SILENCE
-        if not committed:
-            most, silence = FIRST_ATTEMPTS, FIRST_SILENCE
-        if self._attempts >= most or now + pause - self._heard > silence:
-            return None
-        return pause
+        silence = LONGEST_SILENCE if committed else FIRST_SILENCE
+        enough = self._attempts >= ATTEMPTS or (not committed and self._fruitless >= FIRST_ATTEMPTS)
+        return None if enough or now + pause - self._heard > silence else pause

@@ -29,7 +29,7 @@ from proxy.nix.nar import NarVerifier
 from proxy.nix.nar_name import NarName
 from proxy.nix.narinfo import VerifiedNarInfo
 from proxy.nix.store_path import HashPart
-from proxy.places import Place, Readers
+from proxy.places import Blame, Place, Readers
 from proxy.store.files import OpenFile, Partial, closed_on_failure
 from proxy.store.folder import Store
 from proxy.supply import OneAnswer, Promise, Supply, Unverified
@@ -47,19 +47,27 @@ class Supplier:
         failover: Whom to ask.
         known: What is known already, and learns what is found out.
         observer: Told of what cannot be kept or not be decoded.
+        clock: Seconds on a monotonic clock.
     """
 
     def __init__(
-        self, store: Store, failover: Failover, known: KnownPaths, observer: Observer
+        self,
+        store: Store,
+        failover: Failover,
+        known: KnownPaths,
+        observer: Observer,
+        clock: Callable[[], float],
     ) -> None:
         self._store = store
         self._failover = failover
         self._known = known
         self._observer = observer
+        self._blame = Blame(clock)
 
     def use(self, failover: Failover) -> None:
         """Ask other upstreams from now on."""
         self._failover = failover
+        self._blame.clear()
 
     async def look_up(self, hash_part: HashPart, name: NarName | None = None) -> KnownPath:
         """Ask the upstreams for a narinfo; one that leads to ``name``, if that is given."""
@@ -80,7 +88,14 @@ class Supplier:
         """
 
         async def find(without: Collection[str], file_hash: Hash | None) -> Place:
-            return await self._place(name, without, file_hash)
+            blamed = [each for each in self._blame.of(name) if each not in without]
+            while True:
+                try:
+                    return await self._place(name, {*without, *blamed}, file_hash)
+                except (NotFoundError, UpstreamError):
+                    if not blamed:
+                        raise
+                    del blamed[0]  # better than nobody
 
         transfer = Transfer(str(name), find, self._failover.asker, readers)
         verified = False
@@ -114,6 +129,7 @@ class Supplier:
             promise=self._promise(name, known),
             fresh=fresh,
             forget=lambda: self._known.forget(known),
+            blame=lambda: self._blame.add(name, known.origin),
         )
 
     async def announced_size(self, name: NarName) -> tuple[KnownPath, int | None]:

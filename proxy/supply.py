@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from proxy.errors import TrustError
+from proxy.errors import SizeMismatchError, TrustError
 from proxy.store.files import Partial
 from proxy.store.leftovers import Origin
 
@@ -54,6 +54,18 @@ class Promise:
     verifier: Callable[[], Verifier]
     size: int | None
     publish: Callable[[Partial], Awaitable[None]] | None
+
+    def agreed_size(self, announced: int | None) -> int | None:
+        """Take the upstream's word for the size, unless the narinfo's word is another.
+
+        Raises:
+            SizeMismatchError: It is.
+        """
+        if self.size is None or announced in (None, self.size):
+            return announced if self.size is None else self.size
+        raise SizeMismatchError(
+            f"the upstream announces {announced} bytes, the narinfo {self.size}"
+        )
 
 
 class Supply(Protocol):

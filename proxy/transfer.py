@@ -157,6 +157,9 @@ class Transfer:
         await self._hang_up(error if len(givers) <= 1 else None)
         if LEFT not in givers:  # else the disk may be to blame
             self._at.forget()
+            self._at.blame()
+            for name in givers - {self.upstream}:
+                self._places[name].blame()  # one of them it was
             self._excluded.add(self.upstream)
         if self._readers.released:
             return False
@@ -246,10 +249,10 @@ class Transfer:
 
     async def _follow(self, body: Body) -> None:
         """Let the whole file pass up to where we are, or start over with it."""
-        released = self._readers.released
-        if released == 0:
+        if self._readers.committed == 0:
             self._start_over()
             return
+        released = self._readers.released
         position = 0
         while position < self._offset:
             data = await body.read()
@@ -267,7 +270,7 @@ class Transfer:
 
     def _changed(self, name: str, body: Body) -> None:
         """Decide what to do with an answer that is not the rest of what is here."""
-        if body.begins.whole and self._readers.released == 0:
+        if body.begins.whole and self._readers.committed == 0:
             self._start_over()
             return
         if body.begins.whole:
@@ -301,11 +304,12 @@ class Transfer:
                 self._excluded.add(name)
         self._strikes[name] = self._strikes.get(name, 0) + 1
         usable = name not in self._excluded and not gone
-        committed = self._readers.released > 0
-        once_more = self._offset > 0 and self._strikes[name] == 1
+        committed = self._readers.committed > 0
+        skipped = isinstance(error, UpstreamSkippedError)
+        once_more = usable and not skipped and self._offset > 0 and self._strikes[name] == 1
         wish = self._wish(error)
         pause = self._patience.failed(time.monotonic(), committed=committed, wish=wish)
-        if not (usable and once_more and not isinstance(error, UpstreamSkippedError)):
+        if not once_more or (pause is None and not committed):
             tried = {each for each in self._strikes if not (gone and each == name)}
             other = await self._elsewhere({*self._excluded, *tried})
             if other is not None:
@@ -313,6 +317,8 @@ class Transfer:
                 if not committed:
                     return  # a second choice, at once
                 pause = 0.0 if pause is not None else None
+            elif once_more:  # where some of it came, more may, however long nothing did
+                pause = 0.0
             elif not usable or not (committed or isinstance(error, UpstreamUnavailableError)):
                 raise self._final(error)
             else:
@@ -343,10 +349,10 @@ class Transfer:
     async def _elsewhere(self, without: Collection[str]) -> Place | None:
         """Find another place; once readers have something, one with the same file."""
         same = self._at.file_hash
-        if self._readers.released and same is None:
+        if self._readers.committed and same is None:
             return None
         try:
-            return await self._find(without, same if self._readers.released else None)
+            return await self._find(without, same if self._readers.committed else None)
         except NotFoundError:
             return None
         except UpstreamError as error:

@@ -49,8 +49,12 @@ Help: TypeAlias = Literal["second upstream", "fallback substituter"]
 HELPS: tuple[Help, ...] = ("second upstream", "fallback substituter")
 
 PATHS = 4
-SIZES = (20_000, 120_000)
-"""Bytes of a path's content: below and above what a client has when the end is held back."""
+SIZES = (20_000, 2_000_000)
+"""Bytes of a path's content: what is given to clients whole, and what is streamed to them."""
+
+UNSTREAMED = (20_000, 200_000)
+"""Bytes where another upstream can make good what is damaged: of a streamed NAR Nix may have the damage by
+the time that its hash shows it, and cannot give it back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +347,14 @@ class _Upstream:
 
 def run(cell: Cell, folder: Path, *, seed: int = 0) -> Outcome:
     """Build a closure through a proxy with that fault, in an empty `folder`."""
-    entries = closure(PATHS, depth=3, seed=seed, sizes=SIZES, compressions=("xz", "none", "zstd"))
+    beyond_help = cell.what == "nar" and cell.fault == "corrupted" and cell.help == HELPS[0]
+    entries = closure(
+        PATHS,
+        depth=3,
+        seed=seed,
+        sizes=UNSTREAMED if beyond_help else SIZES,
+        compressions=("xz", "none", "zstd"),
+    )
     outcome = Outcome()
     with contextlib.ExitStack() as stack:
         healthy = stack.enter_context(running(BinaryCacheSimulator(entries, key=KEY)))

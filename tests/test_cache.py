@@ -424,20 +424,23 @@ async def test_closing_ends_everything_under_way(
     cache: BinaryCacheSimulator, tmp_path: Path
 ) -> None:
     """When the cache is closed, downloads end, who waits is told, and no partial file remains."""
-    gate = Gate(after=50_000)
-    cache.fault(ENTRY.nar_path, gate)
+    entry = StoreEntry.make("large-1.0", random.Random(11).randbytes(500_000), compression="none")
+    cache.publish(entry)
+    gate = Gate(after=400_000)
+    cache.fault(entry.nar_path, gate)
     cache.fault(ABSENT, Gate(after=None))
     proxy = InsideProxy(tmp_path, cache.url, keys=[KEY.public])
     async with proxy:
         asked = asyncio.create_task(proxy.cache.narinfo(parse_hash_part("0" * 32)))
-        async with proxy.session.get(proxy.url + URL) as answer:
+        url = f"{proxy.url}/nar/{entry.hash_part}-{entry.nar_hash}.nar"
+        async with proxy.session.get(url) as answer:
             begun = await answer.content.readany()
             await gate.reached.wait()
             await cache.expect(ABSENT).wait()
             await proxy.cache.close()
             with pytest.raises(aiohttp.ClientPayloadError):
                 await answer.read()
-        assert FILE.startswith(begun)
+        assert bytes(entry.file).startswith(begun)
         with pytest.raises((asyncio.CancelledError, NotFoundError, UpstreamUnavailableError)):
             await asked
         assert not proxy.cache.tasks

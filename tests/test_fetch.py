@@ -25,7 +25,7 @@ from proxy.errors import (
     UpstreamUnavailableError,
 )
 from proxy.events import Event, FetchEnded, FetchStarted, Rejected
-from proxy.fetch import HELD_BACK, Fetch
+from proxy.fetch import HELD_BACK, WHOLE, Fetch
 from proxy.nix.hashes import Hash
 from proxy.nix.nar import NarVerifier
 from proxy.store.files import Partial
@@ -39,8 +39,8 @@ pytestmark = pytest.mark.timeout(60)
 PATIENCE = 10.0
 """Seconds after which nothing is waited for any more."""
 
-LARGE = random.Random(1).randbytes(5 * HELD_BACK + 123)
-SMALL = random.Random(2).randbytes(HELD_BACK)
+LARGE = random.Random(1).randbytes(WHOLE + HELD_BACK + 123)
+SMALL = random.Random(2).randbytes(WHOLE)
 
 
 class ScriptedBody:
@@ -141,6 +141,19 @@ class BrokenVerifier(Unverified):
     def feed(self, data: bytes) -> None:
         """Fail."""
         raise ZeroDivisionError
+
+
+class Choking(Unverified):
+    """Cannot read what it is fed from some byte on, as a decompressor of damaged data."""
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+
+    def feed(self, data: bytes) -> None:
+        """Count."""
+        self._left -= len(data)
+        if self._left <= 0:
+            raise HashMismatchError("damaged")
 
 
 class Bench:
@@ -251,11 +264,11 @@ def halves(data: bytes) -> Sequence[bytes]:
 async def test_the_last_piece_waits_for_the_verdict(bench: Bench, *, announced: bool) -> None:
     """All but the last piece may be read while it arrives; that one only once it is verified."""
     verifier = ThoughtfulVerifier()
-    body = ScriptedBody(*halves(LARGE), size=len(LARGE) if announced else None)
+    body = ScriptedBody(LARGE[:-1], LARGE[-1:], size=len(LARGE) if announced else None)
     fetch = bench.fetch(body, verifier=verifier)
     task = asyncio.create_task(fetch.run())
     await asyncio.to_thread(verifier.asked.wait)
-    assert fetch.released == len(LARGE) - HELD_BACK
+    assert fetch.released == len(LARGE) - HELD_BACK - announced  # of the last byte nothing is known
     verifier.answer.set()
     await task
     assert fetch.released == len(LARGE)
@@ -270,13 +283,13 @@ async def test_what_arrived_can_be_read_at_once(bench: Bench) -> None:
     task = asyncio.create_task(fetch.run())
     await fetch.wait_beyond(0)
     assert fetch.size == len(LARGE)
-    assert await fetch.wait_beyond(2 * HELD_BACK - 1) == 2 * HELD_BACK
+    assert await fetch.wait_beyond(HELD_BACK - 1) == HELD_BACK
     body.gate.set()
     await task
     fetch.close()
 
 
-@pytest.mark.parametrize("size", [0, 1, HELD_BACK - 1, HELD_BACK])
+@pytest.mark.parametrize("size", [0, 1, WHOLE - 1, WHOLE])
 async def test_a_small_file_is_released_whole(bench: Bench, size: int) -> None:
     """Of a small file nothing can be read before it is verified, and then all of it."""
     verifier = ThoughtfulVerifier()
@@ -301,6 +314,34 @@ async def test_a_bad_small_file_is_never_released(bench: Bench) -> None:
         await fetch.wait_beyond(0)
     assert fetch.released == 0
     assert await read(fetch) == (b"", fetch.error)
+    fetch.close()
+
+
+async def test_damage_is_noticed_before_it_gets_out(bench: Bench) -> None:
+    """What the verifier chokes on, and what came shortly before that, nobody reads."""
+    damaged = LARGE[: 3 * HELD_BACK]
+    fetch = bench.fetch(
+        ScriptedBody(damaged, LARGE[len(damaged) :], size=len(LARGE)),
+        verifier=Choking(at=len(damaged) + 1),
+    )
+    reading = asyncio.create_task(read(fetch))
+    await fetch.run()
+    got, error = await reading
+    assert got == damaged[: 2 * HELD_BACK]
+    assert isinstance(error, HashMismatchError)
+    fetch.close()
+
+
+async def test_whoever_supplies_knows_what_cannot_be_taken_back(bench: Bench) -> None:
+    """While a piece is looked at, what of it will be released counts as given to readers."""
+    verifier = ThoughtfulVerifier(in_feed=True)
+    fetch = bench.fetch(ScriptedBody(LARGE[:-1], size=len(LARGE), gated=True), verifier=verifier)
+    task = asyncio.create_task(fetch.run())
+    await asyncio.to_thread(verifier.asked.wait)
+    assert (fetch.released, fetch.committed) == (0, len(LARGE) - 1 - HELD_BACK)
+    task.cancel()
+    verifier.answer.set()
+    await asyncio.wait([task])
     fetch.close()
 
 
@@ -369,7 +410,7 @@ async def test_an_upstream_that_dies_fails_all_readers(bench: Bench) -> None:
     await fetch.run()
     for start, (got, reason) in zip((0, 1, 70_000), await asyncio.gather(*readers), strict=False):
         assert reason is error
-        assert got == LARGE[start : len(LARGE) - HELD_BACK]
+        assert got == LARGE[start : len(LARGE) - 1 - HELD_BACK]
     assert not bench.observed(Rejected)
     fetch.close()
 
@@ -498,13 +539,13 @@ async def test_cancelling_closes_everything(bench: Bench) -> None:
     reading = asyncio.create_task(read(fetch))
     task = asyncio.create_task(fetch.run())
     await body.waiting.wait()
-    await fetch.wait_beyond(len(LARGE) - HELD_BACK - 1)
+    await fetch.wait_beyond(len(LARGE) - HELD_BACK - 2)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     got, error = await reading
     fetch.close()
-    assert got == LARGE[:-HELD_BACK]
+    assert got == LARGE[: -HELD_BACK - 1]
     assert isinstance(error, ProxyError)
     assert not body.is_open
     assert not bench.path.exists()
@@ -530,7 +571,7 @@ async def test_cancelling_waits_for_the_worker(bench: Bench) -> None:
 
 # --- whatever the pieces ----------------------------------------------------------------------
 
-_sizes = st.integers(0, 4 * HELD_BACK)
+_sizes = st.integers(0, WHOLE + 2 * HELD_BACK)
 _cuts = st.lists(_sizes, max_size=8)
 
 

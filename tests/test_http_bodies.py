@@ -258,7 +258,7 @@ async def test_range_of_an_arriving_nar_of_unknown_size(
 async def test_first_bytes_before_the_last(sim: StartSimulator, start_proxy: StartProxy) -> None:
     """What has arrived of a NAR is passed on while the rest is still missing."""
     cache = await sim(ENTRY)
-    gate = Gate(after=500_000)
+    gate = Gate(after=600_000)
     cache.fault("/nar/", gate)
     proxy = await start_proxy(cache)
     async with Wire(proxy.url) as wire:

@@ -403,16 +403,15 @@ async def test_a_foreign_url_is_fetched_once_for_all_who_wait(
     cache.publish(entry)
     gate = Gate(after=30_000)
     cache.fault(entry.nar_path, gate)
-    async with proxy.session.get(proxy.url + entry.nar_path) as first:
-        begun = await first.content.readany()
-        others = [asyncio.create_task(proxy.pull(entry.nar_path)) for _ in range(9)]
-        head = await proxy.pull(entry.nar_path, method="HEAD")
-        part = await proxy.pull(entry.nar_path, {"Range": "bytes=10-19"})
-        assert head.headers["Content-Length"] == str(len(FILE))
-        assert (part.status, part.body) == (206, FILE[10:20])
-        gate.open()
-        assert begun + await first.read() == FILE
-    assert {answer.body for answer in await asyncio.gather(*others)} == {FILE}
+    asking = [asyncio.create_task(proxy.pull(entry.nar_path))]
+    await gate.reached.wait()
+    asking += [asyncio.create_task(proxy.pull(entry.nar_path)) for _ in range(9)]
+    part = asyncio.create_task(proxy.pull(entry.nar_path, {"Range": "bytes=10-19"}))
+    head = await proxy.pull(entry.nar_path, method="HEAD")
+    assert head.headers["Content-Length"] == str(len(FILE))
+    gate.open()
+    assert {answer.body for answer in await asyncio.gather(*asking)} == {FILE}
+    assert ((await part).status, (await part).body) == (206, FILE[10:20])
     assert cache.gets(entry.nar_path) == 1
 
 

@@ -607,7 +607,7 @@ LIES: dict[str, Fault] = {
 @pytest.mark.parametrize("lie", LIES)
 async def test_what_fails_ahead(lie: str, sim: StartSimulator, start: Start) -> None:
     """It leaves nothing behind, and its client is answered as it would be without look-ahead."""
-    path = entry("path", 300_000)
+    path = entry("path", 200_000)
     cache = await sim(path)
     cache.fault("/nar/", LIES[lie])
     answers = []

@@ -13,6 +13,7 @@ from proxy.patience import (
     LONGEST_RETRY_AFTER,
     LONGEST_SILENCE,
     MUCH,
+    SOMETHING,
     Patience,
 )
 
@@ -62,6 +63,10 @@ def test_whoever_has_nothing_does_not_wait_long() -> None:
     patience = Patience(0.0, lambda: 0.0)
     outcomes = [patience.failed(0.0, committed=False) for _ in range(FIRST_ATTEMPTS)]
     assert outcomes == [0.0] * (FIRST_ATTEMPTS - 1) + [None]
+    patience.heard(0.0, SOMETHING - 1)
+    assert patience.failed(0.0, committed=False) is None
+    patience.heard(0.0, SOMETHING)
+    assert patience.failed(0.0, committed=False) == 0.0  # it gets somewhere
     assert Patience(0.0).failed(FIRST_SILENCE + 1, committed=False) is None
     assert Patience(0.0).failed(0.0, committed=False, wish=FIRST_SILENCE + 1) is None
 

@@ -208,6 +208,20 @@ async def test_no_ranges_for_nobody(sim: StartSimulator, start: Start) -> None:
     await whole(await start(cache), SMALL)
 
 
+@pytest.mark.parametrize("upstreams", [1, 2])
+async def test_silence_of_which_nobody_has_a_byte(
+    upstreams: int, sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it was silent, another upstream delivers it, or else the same one goes on."""
+    monkeypatch.setattr(patience, "FIRST_SILENCE", 0.1)
+    caches = [await sim(SMALL) for _ in range(upstreams)]
+    rule = caches[0].fault(SMALL.nar_path, Stall(1_000), times=1 if upstreams == 1 else None)
+    proxy = await start(*caches)
+    await whole(proxy, SMALL)
+    assert rule.hits == 1
+    assert asked(caches[-1], SMALL)[-1] == "bytes=1000-"
+
+
 async def test_another_etag(sim: StartSimulator, start: Start) -> None:
     """The same bytes under another ETag are compared, and followed."""
     cache = await sim(NAR)

@@ -13,7 +13,7 @@ import pytest
 
 from proxy import patience
 from proxy.events import NotDecoded, Rejected, UpstreamAnswered
-from proxy.fetch import HELD_BACK
+from proxy.fetch import HELD_BACK, WHOLE
 from proxy.nix.store_path import parse_hash_part
 from proxy.patience import FIRST_ATTEMPTS
 from tests.blobs import Blob, compress
@@ -363,7 +363,7 @@ async def test_a_bad_nar_is_never_complete(
     cache.fault(told.nar_path, *LIES[lie].faults)
     async with InsideProxy(tmp_path, cache.url, keys=[KEY.public]) as proxy:
         answer = await _refused(proxy, cache, honest, told)
-        if len(told.file) <= HELD_BACK:
+        if len(told.file) <= WHOLE:
             assert answer.status == 404
         kinds = [event.kind for event in proxy.observed(Rejected)]
         if lie in ("cut", "shorter, in chunks"):

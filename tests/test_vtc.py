@@ -31,8 +31,8 @@ HELLO = StoreEntry.make("hello-1.0", b"Hello, world!\n")
 BLOCK = "".join(random.Random("block").choices(string.ascii_letters, k=509))
 """A macro is at most 511 bytes long; no power of two is a multiple of a prime, so pieces do not fit twice."""
 
-BIG = StoreEntry.make("big-1.0", BLOCK.encode() * 200, compression="none")
-"""Large enough to be seen while it arrives: a beginning, 100 blocks (`_macros`: ``big_1``), 40 blocks, 60
+BIG = StoreEntry.make("big-1.0", BLOCK.encode() * 600, compression="none")
+"""Large enough to be seen while it arrives: a beginning, 400 blocks (`_macros`: ``big_1``), 40 blocks, 160
 blocks and an end, the last two of which hold all that is held back."""
 
 LIMIT = 30
@@ -88,7 +88,7 @@ def _macros(folder: Path) -> dict[str, str]:
         "hello_info_moved": HELLO.but(scheme="uuid").narinfo(KEY),
         "hello_info_cut": HELLO.narinfo(KEY)[:100],
         "hello_bad_file": bytes(HELLO.file)[:-1] + b"?",
-        "big_1": whole[: begin + 100 * len(BLOCK)],
+        "big_1": whole[: begin + 400 * len(BLOCK)],
     }
     for name, entry in (("hello", HELLO), ("big", BIG)):
         files[f"{name}_info"] = entry.narinfo(KEY)
@@ -103,7 +103,7 @@ def _macros(folder: Path) -> dict[str, str]:
         **_names("big", BIG),
         "hello_nar_moved": HELLO.but(scheme="uuid").nar_path,
         "block": BLOCK,
-        "big_end": whole[begin + 200 * len(BLOCK) :].hex(),
+        "big_end": whole[begin + 600 * len(BLOCK) :].hex(),
         "big_begin": whole[:begin].hex(),
     }
 

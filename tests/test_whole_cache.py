@@ -70,7 +70,7 @@ def _noise(name: str, size: int) -> bytes:
 
 
 SMALL = StoreEntry.make("small-1.0", b"small\n")
-LARGE = StoreEntry.make("large-1.0", _noise("large", 150_000), compression="none")
+LARGE = StoreEntry.make("large-1.0", _noise("large", 400_000), compression="none")
 BOTH = StoreEntry.make("both-1.0", _noise("both", 60_000), compression="zstd")
 """The second upstream compresses it in another way."""
 
@@ -78,7 +78,7 @@ FIRST = (SMALL, LARGE, BOTH)
 SECOND = (SMALL, LARGE, BOTH.but(compression="xz"))
 PATHS = sorted({entry.hash_part for entry in FIRST})
 
-ROOM = 200_000
+ROOM = 450_000
 """Bytes of the store: not all of it fits."""
 
 
@@ -125,7 +125,7 @@ HARMLESS: dict[str, Callable[[], Fault]] = {"chunked": Chunked, "no ranges": NoR
 paths = st.sampled_from(PATHS)
 nars = st.sampled_from(sorted(NARS))
 upstreams = st.integers(0, 1)
-offsets = st.sampled_from([0, 1, 17, 20_000, 45_000, 140_000])
+offsets = st.sampled_from([0, 1, 17, 20_000, 45_000, 140_000, 350_000])
 
 
 class Check(Protocol):
