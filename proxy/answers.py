@@ -21,7 +21,7 @@ class File(Protocol):
         """Bytes of the whole file; None while nobody knows."""
 
     async def wait_beyond(self, position: int) -> int:
-        """Wait until bytes behind ``position`` may be read.
+        """Wait until bytes behind ``position`` may be read; the file's last one once all of it is verified.
 
         Returns:
             How far the file may be read; ``position`` or less at its end.

@@ -122,7 +122,8 @@ async def test_readers_of_all_kinds(sim: StartSimulator, start: Start) -> None:
     proxy = await start(ill, well)
     url = await proxy.nar_url(NAR.hash_part)
     wishes = {None: slice(None), f"bytes={MIDDLE + 9}-": slice(MIDDLE + 9, None)}
-    wishes |= {"bytes=-50": slice(-50, None)}
+    wishes |= {"bytes=-50": slice(-50, None), "bytes=0-199": slice(200)}
+    wishes |= {"bytes=100-100": slice(100, 101), "bytes=90-99999": slice(90, 100_000)}
 
     def ask() -> list[tuple[slice, asyncio.Task[Received]]]:
         return [

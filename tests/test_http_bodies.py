@@ -225,7 +225,9 @@ async def test_range_of_an_arriving_nar(
         await second.send(second.request(URL, f"Range: bytes={spec}"))
         head = await second.head()
         assert head.status == 206
-        early = await second.some(max(0, min(stop, 500_000) - start))  # the rest has yet to come
+        early = await second.some(
+            max(0, min(stop - 1, 500_000) - start)
+        )  # the rest has yet to come
         gate.open()
         late = await second.some(stop - start - len(early))
         assert_bytes(await first.answer(), FILE)
@@ -350,9 +352,11 @@ async def test_one_etag_for_ever(
             ("206", "GET", ("Range: bytes=0-9",)),
             ("206 resumed", "GET", ("Range: bytes=10-19", f"If-Range: {etags['first']}")),
         ):
-            answer = await ask(proxy, URL, *headers, method=method)
-            assert answer.status == (200 if method == "HEAD" else 206), (when, name)
-            etags[f"{name} {when}"] = answer.headers.get("etag")
+            async with Wire(proxy.url) as wire:
+                await wire.send(wire.request(URL, *headers, method=method))
+                head = await wire.head()
+            assert head.status == (200 if method == "HEAD" else 206), (when, name)
+            etags[f"{name} {when}"] = head.headers.get("etag")
 
     async with Wire(proxy.url) as wire:
         await wire.send(wire.request(URL))
@@ -404,8 +408,11 @@ async def test_if_range(sim: StartSimulator, start_proxy: StartProxy, *, arrivin
         if not arriving:
             gate.open()
             await stored(proxy)
-        right = await ask(proxy, URL, "Range: bytes=5-99", f"If-Range: {etag}")
-        assert_part(right, 5, 100)
+        async with Wire(proxy.url) as wire:
+            await wire.send(wire.request(URL, "Range: bytes=5-99", f"If-Range: {etag}"))
+            head = await wire.head()
+            assert (head.status, head.headers["content-range"]) == (206, f"bytes 5-99/{SIZE}")
+            assert await wire.some(94) == FILE[5:99]
         for other in ('"other"', f"W/{etag}", etag.strip('"'), "Sun, 06 Nov 1994 08:49:37 GMT"):
             async with Wire(proxy.url) as wire:
                 await wire.send(wire.request(URL, "Range: bytes=5-99", f"If-Range: {other}"))

@@ -98,10 +98,12 @@ class Delivery:
     ) -> None:
         async with _gone_if_stalled():
             await writer.drain()  # to the last byte: `connection` has set the limit to 0
+        is_judged = isinstance(self._file, OpenFile) or span.stop == self._file.size
+        stop = span.stop if is_judged else span.stop - 1
         with _duplicate_of(transport) as socket:
             position = looked_at = span.start
-            while position < span.stop:
-                end = min(span.stop, await self._file.wait_beyond(position))
+            while position < stop:
+                end = min(stop, await self._file.wait_beyond(position))
                 while position < end:
                     if looked_at < min(end, position + WINDOW):
                         start, looked_at = looked_at, min(end, looked_at + WINDOW)
@@ -109,8 +111,22 @@ class Delivery:
                     count = await _send_some(socket, self._file.fd, position, end - position)
                     position += count
                     self.sent += count
-                    if position < span.stop:
+                    if position < stop:
                         await asyncio.sleep(0)  # the others' turn
+        if not is_judged:
+            await self._send_byte(stop)
+
+    async def _send_byte(self, position: int) -> None:
+        """Send the last byte of a part, once the whole that it is a part of is known to be right."""
+        await self._file.wait_beyond(position)
+        with reading("cannot read"):
+            byte = os.pread(self._file.fd, 1, position)
+        if not byte:
+            raise _too_short(position, position + 1)
+        await self._file.wait_beyond(await self._file.size_known() - 1)
+        async with _gone_if_stalled():
+            await self._response.write(byte)
+        self.sent += 1
 
     async def _bring_in(self, start: int, stop: int) -> None:
         """See to it that a part of the file is in memory; what arrives has just been written."""
