@@ -252,10 +252,10 @@ class Cache:
         if str(name) in self._fetches or self._store.has_nar(name):
             return await self._nar(name)
         with self._absences.noted(str(name)):
-            known, size = await self._tasks.once(
+            upstream, size = await self._tasks.once(
                 f"size of {name}", lambda: self._supplier.announced_size(name)
             )
-        return Content(None, size, self._known.etag(name), MISS, known.origin)
+        return Content(None, size, self._known.etag(name), MISS, upstream)
 
     async def foreign_nar(self, reference: str) -> Content:
         """Pass on a NAR by a URL that is not ours: somebody remembers it from another proxy.

@@ -29,7 +29,7 @@ Rules:
     │  │  └─ UpstreamBusyError       … or 408, 429, 5xx
     │  ├─ UpstreamSkippedError       it has failed, and is left alone for now
     │  ├─ UpstreamTimeoutError       no answer in time
-    │  ├─ UpstreamDeniedError        401, 403, 407
+    │  ├─ UpstreamDeniedError        401, 403, 405, 407
     │  ├─ UpstreamProtocolError      an answer that no binary cache gives
     │  └─ UpstreamLiedError          it answered, and a `TrustError` says what is wrong with it
     ├─ StoreError              the local disk failed
@@ -193,7 +193,7 @@ class UpstreamTimeoutError(UpstreamError):
 
 
 class UpstreamDeniedError(UpstreamError):
-    """401, 403 or 407: our credentials are missing or wrong."""
+    """401, 403, 405 or 407: it refuses, most likely because our credentials are missing or wrong."""
 
     outcome = "denied"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TypeVar
 
@@ -19,7 +19,6 @@ from proxy.errors import (
     StoreError,
     UpstreamDeniedError,
     UpstreamError,
-    UpstreamProtocolError,
 )
 from proxy.events import NotDecoded, Observer, StoreFailed
 from proxy.failover import Failover
@@ -88,14 +87,7 @@ class Supplier:
         """
 
         async def find(without: Collection[str], file_hash: Hash | None) -> Place:
-            blamed = [each for each in self._blame.of(name) if each not in without]
-            while True:
-                try:
-                    return await self._place(name, {*without, *blamed}, file_hash)
-                except (NotFoundError, UpstreamError):
-                    if not blamed:
-                        raise
-                    del blamed[0]  # better than nobody
+            return await self._best_place(name, without, file_hash)
 
         transfer = Transfer(str(name), find, self._failover.asker, readers)
         verified = False
@@ -105,6 +97,19 @@ class Supplier:
             verified = True
         finally:
             await transfer.close(verified=verified)
+
+    async def _best_place(
+        self, name: NarName, without: Collection[str], file_hash: Hash | None = None
+    ) -> Place:
+        """Find a place at an upstream that is not to blame for anything, if possible: `places.Find`."""
+        blamed = [each for each in self._blame.of(name) if each not in without]
+        while True:
+            try:
+                return await self._place(name, {*without, *blamed}, file_hash)
+            except (NotFoundError, UpstreamError):
+                if not blamed:
+                    raise
+                del blamed[0]  # better than nobody
 
     async def _place(
         self, name: NarName, without: Collection[str], file_hash: Hash | None
@@ -132,41 +137,44 @@ class Supplier:
             blame=lambda: self._blame.add(name, known.origin),
         )
 
-    async def announced_size(self, name: NarName) -> tuple[KnownPath, int | None]:
-        """Ask an upstream how many bytes a NAR has; None when nobody says.
+    async def announced_size(self, name: NarName) -> tuple[str, int | None]:
+        """Find out who has a NAR, and how many bytes: by the narinfo, else by the answer to a HEAD.
+
+        Returns:
+            The upstream's name, and the size; None when nobody says.
 
         Raises:
             NotFoundError: No upstream has this path with these contents.
             UpstreamError: Nobody has it, as far as could be found out.
         """
-
-        async def ask(known: KnownPath) -> int | None:
+        tried: set[str] = set()
+        doubt: UpstreamError | None = None
+        while True:
             try:
-                return await known.source.nar_size(known.info.url)
-            except (UpstreamDeniedError, UpstreamProtocolError):
-                if known.info.file_size is None:
+                place = await self._best_place(name, tried)
+            except NotFoundError as error:
+                raise doubt or error from None
+            try:
+                return place.upstream.name, await self._size_at(name, place)
+            except (NotFoundError, UpstreamError) as error:
+                if isinstance(error, UpstreamError):
+                    doubt = doubt or error
+                if isinstance(error, NotFoundError | UpstreamDeniedError):
+                    place.forget()  # it has been moved since that was said
+                if place.fresh or not isinstance(error, NotFoundError | UpstreamDeniedError):
+                    tried.add(place.upstream.name)
+
+    async def _size_at(self, name: NarName, place: Place) -> int | None:
+        """Ask for the size of a NAR at one place, where nothing but a signed URL for GET may be."""
+        said = place.promise.size
+        async with self._failover.asker.asking(place.upstream, Question("nar", str(name))):
+            try:
+                announced = await place.upstream.nar_size(place.url)
+            except UpstreamDeniedError:
+                if said is None:
                     raise
-                return known.info.file_size  # an object store's signed URL may be for GET alone
-
-        for known in self._known.elsewhere(name):
-            try:
-                return known, await self._ask_one(name, known, ask)
-            except (NotFoundError, UpstreamDeniedError):
-                self._known.forget(known)  # it has been moved since that was said
-            except UpstreamError:
-                continue
-        known = await self.look_up(name.hash_part, name)
-        try:
-            return known, await self._ask_one(name, known, ask)
-        except (NotFoundError, UpstreamDeniedError):
-            self._known.forget(known)  # a narinfo without its NAR is of no use to anybody
-            raise
-
-    async def _ask_one(
-        self, name: NarName, known: KnownPath, ask: Callable[[KnownPath], Awaitable[T]]
-    ) -> T:
-        async with self._failover.asker.asking(known.source, Question("nar", str(name))):
-            return await ask(known)
+                return said
+        return announced if said is None else said
 
     def _promise(self, name: NarName, known: KnownPath) -> Promise:
         info = known.info

@@ -25,7 +25,7 @@ from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart, parse_hash_part
 from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunDaemon, RunSimulator, StartSimulator
-from tests.faults import Gate, Headers, Status
+from tests.faults import Chunked, Gate, Headers, Html, Status
 from tests.inside import InsideProxy
 from tests.simulator import BinaryCacheSimulator
 
@@ -278,6 +278,29 @@ async def test_head_where_the_upstream_allows_only_get(
     cache.fault(lambda request: request.method == "HEAD", Status(status))
     answer = await proxy.pull(URL, method="HEAD")
     assert (answer.status, answer.headers["Content-Length"]) == (200, str(len(FILE)))
+
+
+async def test_head_where_the_upstream_says_no_size(
+    proxy: InsideProxy, cache: BinaryCacheSimulator
+) -> None:
+    """An upstream that answers in chunks: the narinfo says the size."""
+    cache.fault(ENTRY.nar_path, Chunked())
+    answer = await proxy.pull(URL, method="HEAD")
+    assert (answer.status, answer.headers["Content-Length"]) == (200, str(len(FILE)))
+    assert cache.gets(ENTRY.nar_path) == 0
+
+
+async def test_head_of_a_page(sim: StartSimulator, tmp_path: Path) -> None:
+    """A page of HTML is no NAR, to HEAD neither, and another upstream may have it."""
+    cache, other = await sim(ENTRY), await sim(ENTRY)
+    cache.fault(ENTRY.nar_path, Html())
+    rule = other.fault(ENTRY.nar_path, Html())
+    async with InsideProxy(tmp_path, cache.url, other.url, keys=[KEY.public]) as proxy:
+        assert (await proxy.pull(URL, method="HEAD")).status == 404
+        rule.lift()
+        answer = await proxy.pull(URL, method="HEAD")
+        assert (answer.status, answer.headers["Content-Length"]) == (200, str(len(FILE)))
+        assert answer.headers["X-Upstream"] == "up1"
 
 
 async def test_head_where_nobody_says_the_size(sim: StartSimulator, tmp_path: Path) -> None:

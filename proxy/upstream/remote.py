@@ -63,6 +63,7 @@ _PARTIAL = 206
 _SERVER_ERRORS = 500
 _ABSENT = {404, 410}
 _DENIED = {401, 403, 407}
+_NOT_THAT_WAY = 405
 _REDIRECTS = {301, 302, 303, 307, 308}
 _BUSY = {408, 429}
 _SCHEMES_AFTER = {"https": ("https",), "http": ("http", "https")}
@@ -189,6 +190,7 @@ class Upstream:
         """
         url = self.resolve(reference)
         async with self._slot(self._slots), self._request("HEAD", url, {}) as response:
+            self._refuse_page(response)
             self._refuse_coding(response)
             return response.content_length
 
@@ -265,6 +267,8 @@ class Upstream:
             return
         if status in _ABSENT:
             raise NotFoundError(f"{self.name} answered {status}")
+        if status == _NOT_THAT_WAY:
+            raise UpstreamDeniedError(self.name, f"answered {status}")
         if status in _DENIED:
             raise UpstreamDeniedError(self.name, f"answered {status}; are its credentials right?")
         if status in _BUSY or status >= _SERVER_ERRORS:

@@ -695,7 +695,7 @@ STATUSES: dict[int, type[ProxyError]] = {
     401: UpstreamDeniedError,
     403: UpstreamDeniedError,
     404: NotFoundError,
-    405: UpstreamProtocolError,
+    405: UpstreamDeniedError,
     407: UpstreamDeniedError,
     408: UpstreamBusyError,
     410: NotFoundError,
