@@ -334,6 +334,47 @@ async def test_head_follows_a_file_that_was_moved(
     assert (answer.status, answer.headers["Content-Length"]) == (200, str(len(FILE)))
 
 
+# --- conditions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("here", [True, False], ids=["here", "elsewhere"])
+async def test_what_a_client_has_already_is_not_sent(
+    method: str, proxy: InsideProxy, cache: BinaryCacheSimulator, *, here: bool
+) -> None:
+    """If-None-Match with the ETag of a NAR is answered 304, and fetches nothing."""
+    tag = (await proxy.pull(URL, method="GET" if here else "HEAD")).headers["ETag"]
+    await proxy.idle()
+    fetched = cache.gets(ENTRY.nar_path)
+    for condition in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+        answer = await proxy.pull(URL, {"If-None-Match": condition}, method)
+        assert (answer.status, answer.body, answer.complete) == (304, b"", True)
+        assert answer.headers["ETag"] == tag
+        assert "Content-Length" not in answer.headers
+    assert cache.gets(ENTRY.nar_path) == fetched == here
+    for condition in ('"other"', tag.strip('"'), ""):
+        answer = await proxy.pull(URL, {"If-None-Match": condition}, method)
+        assert (answer.status, answer.body) == (200, FILE if method == "GET" else b"")
+
+
+async def test_a_condition_comes_before_a_range(proxy: InsideProxy) -> None:
+    """A client that has the NAR gets no part of it either (RFC 9110 §13.2.2)."""
+    tag = (await proxy.pull(URL)).headers["ETag"]
+    wanted = {"Range": "bytes=0-9", "If-None-Match": tag}
+    assert (await proxy.pull(URL, wanted)).status == 304
+    wanted["If-None-Match"] = '"other"'
+    assert (await proxy.pull(URL, wanted)).body == FILE[:10]
+
+
+async def test_a_condition_where_the_upstream_allows_only_get(
+    proxy: InsideProxy, cache: BinaryCacheSimulator
+) -> None:
+    """Where HEAD does not tell, the NAR is fetched as without a condition."""
+    cache.publish(ENTRY.but(fields={"FileSize": None}))
+    cache.fault(lambda request: request.method == "HEAD", Status(403))
+    assert (await proxy.pull(URL, {"If-None-Match": '"other"'})).body == FILE
+
+
 # --- upstreams that fail ----------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ no status left to say: the connection is cut, so that nobody takes a part for th
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections.abc import Mapping
@@ -22,12 +23,13 @@ from proxy.errors import DamagedError, ProxyError, RangeError
 from proxy.events import Fault, Observer, RequestServed, Result
 from proxy.nix import resource
 from proxy.nix.cache_info import CacheInfo
+from proxy.nix.nar_name import NarName
 from proxy.nix.resource import CacheInfoFile, ForeignNar, NarFile, NarinfoFile, SideFile
 from proxy.server.backend import Audience, Cache, Operations
 from proxy.server.body import ClientGoneError, Delivery
 from proxy.server.connection import Connection
 from proxy.server.fastlane import FastLane
-from proxy.server.headers import NAR_TYPE, SOFTWARE, file_headers, narinfo_headers
+from proxy.server.headers import NAR_TYPE, SOFTWARE, file_headers, is_had, narinfo_headers
 from proxy.server.page import render
 from proxy.server.ranges import ByteRange, Span
 from proxy.store.files import OpenFile
@@ -195,6 +197,8 @@ class Server:
                 outcome.route = "nar"
                 if not is_head:
                     self.prefetch.asked_nar(_client_of(request))
+                    if unchanged := await self._not_modified(request, outcome, name):
+                        return unchanged
                 nar = await (self._cache.nar_head(name) if is_head else self._cache.nar(name))
                 with nar:
                     response = await self._deliver(request, outcome, nar, NAR_TYPE, wanted)
@@ -213,6 +217,19 @@ class Server:
                 with await self._cache.file(path) as file:
                     return await self._deliver(request, outcome, file, content_type, wanted)
 
+    async def _not_modified(
+        self, request: web.BaseRequest, outcome: _Outcome, name: NarName
+    ) -> web.Response | None:
+        """Answer who has a NAR already, without fetching it for that."""
+        condition = _condition_of(request)
+        if condition:
+            with contextlib.suppress(ProxyError), await self._cache.nar_head(name) as nar:
+                if is_had(nar.etag, condition):
+                    outcome.result = nar.result
+                    headers = file_headers(NAR_TYPE, nar.etag, nar.result, nar.upstream)
+                    return web.Response(status=304, headers=headers)
+        return None
+
     async def _deliver(
         self,
         request: web.BaseRequest,
@@ -224,6 +241,8 @@ class Server:
         """Send a file, or the wanted part of it, or only its headers."""
         outcome.result = content.result
         headers = file_headers(content_type, content.etag, content.result, content.upstream)
+        if is_had(content.etag, _condition_of(request)):
+            return web.Response(status=304, headers=headers)
         response = web.StreamResponse(headers=headers)
         if self.draining:
             response.force_close()
@@ -285,6 +304,10 @@ class _Outcome:
     body_bytes: int = 0
     complete: bool = True
     damage: str = ""
+
+
+def _condition_of(request: web.BaseRequest) -> str:
+    return ", ".join(request.headers.getall("If-None-Match", ()))
 
 
 def _span(response: web.StreamResponse, wanted: ByteRange | None, size: int | None) -> Span | None:

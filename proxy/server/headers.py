@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -11,6 +12,13 @@ SOFTWARE: Final = "nix-cache-proxy"
 NAR_TYPE: Final = "application/x-nix-nar"
 NARINFO_TYPE: Final = "text/x-nix-narinfo"
 TEXT_TYPE: Final = "text/plain; charset=utf-8"
+
+_TAG: Final = re.compile(r'(?:W/)?("[^"]*")')
+
+
+def is_had(etag: str | None, condition: str) -> bool:
+    """Tell by its If-None-Match whether a client has what an ETag is of (RFC 9110 §13.1.2)."""
+    return etag is not None and (condition.strip() == "*" or etag in _TAG.findall(condition))
 
 
 def provenance(result: Result, upstream: str) -> dict[str, str]:
