@@ -63,7 +63,10 @@ class Cache:
         self._observer = observer
         self.clock = clock
         self._known = KnownPaths(store, failover, observer, on_learnt=self._is_present)
-        self._supplier = Supplier(store, failover, self._known, observer, clock)
+        self._tasks = Tasks(observer)
+        self._supplier = Supplier(
+            store, failover, self._known, observer, tasks=self._tasks, clock=clock
+        )
         self.hot_narinfo = self._known.hot
         """Returns a path's narinfo if it is in memory; this counts as no use."""
         self._absences = Absences(negative_ttl, clock)
@@ -74,7 +77,6 @@ class Cache:
         self.ahead = Ahead(observer)
         """What was done ahead of clients."""
         store.on_evicted = self._known.evicted
-        self._tasks = Tasks(observer)
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="verify")
 
     @property
@@ -207,7 +209,7 @@ class Cache:
         joined = key in self._tasks
         try:
             with self._absences.noted(key):
-                learnt = await self._tasks.once(key, lambda: self._supplier.look_up(hash_part))
+                learnt = await self._supplier.look_up(hash_part)
         except NotFoundError:
             known = self._known.hot(hash_part)
             if known is None:
@@ -226,6 +228,7 @@ class Cache:
             TrustError: What was fetched is not what was signed, and nothing of it was released.
             StoreError: The disk failed.
         """
+        self.ahead.end_lookup(f"{name.hash_part}.narinfo")
         was_ahead = self.ahead.asked(str(name))
         return await self._nar(name, PREFETCHED if was_ahead else None)
 

@@ -32,6 +32,7 @@ from proxy.places import Blame, Place, Readers
 from proxy.store.files import OpenFile, Partial, closed_on_failure
 from proxy.store.folder import Store
 from proxy.supply import OneAnswer, Promise, Supply, Unverified
+from proxy.tasks import Tasks
 from proxy.transfer import Transfer
 from proxy.upstream.answer import Body as UpstreamBody
 
@@ -46,6 +47,7 @@ class Supplier:
         failover: Whom to ask.
         known: What is known already, and learns what is found out.
         observer: Told of what cannot be kept or not be decoded.
+        tasks: Where a narinfo is asked for once, for all who want it.
         clock: Seconds on a monotonic clock.
     """
 
@@ -55,12 +57,15 @@ class Supplier:
         failover: Failover,
         known: KnownPaths,
         observer: Observer,
+        *,
+        tasks: Tasks,
         clock: Callable[[], float],
     ) -> None:
         self._store = store
         self._failover = failover
         self._known = known
         self._observer = observer
+        self._tasks = tasks
         self._blame = Blame(clock)
 
     def use(self, failover: Failover) -> None:
@@ -68,14 +73,19 @@ class Supplier:
         self._failover = failover
         self._blame.clear()
 
-    async def look_up(self, hash_part: HashPart, name: NarName | None = None) -> KnownPath:
-        """Ask the upstreams for a narinfo; one that leads to ``name``, if that is given."""
-        offer = await self._failover.narinfo(
-            hash_part,
-            lambda info: name is None or info.nar_name == name,
-            name=self._known.name_of(hash_part),
-        )
-        return self._known.learn(offer)
+    async def look_up(self, hash_part: HashPart) -> KnownPath:
+        """Ask the upstreams for a narinfo, once for all who want to know.
+
+        Raises:
+            NotFoundError: No upstream has the path.
+            UpstreamError: Nobody has it, as far as could be found out.
+        """
+
+        async def ask() -> KnownPath:
+            name = self._known.name_of(hash_part)
+            return self._known.learn(await self._failover.narinfo(hash_part, name=name))
+
+        return await self._tasks.once(f"{hash_part}.narinfo", ask)
 
     @contextlib.asynccontextmanager
     async def nar(self, name: NarName, readers: Readers) -> AsyncIterator[Supply]:
@@ -122,6 +132,11 @@ class Supplier:
         for known in self._known.elsewhere(name):
             if known.origin not in without and fits(known.info):
                 return self._at(name, known, fresh=False)
+        if not without and file_hash is None:
+            known = await self.look_up(name.hash_part)
+            if fits(known.info):
+                return self._at(name, known, fresh=True)
+            without = {known.origin}
         path_name = self._known.name_of(name.hash_part)
         offer = await self._failover.narinfo(name.hash_part, fits, without, path_name)
         return self._at(name, self._known.learn(offer), fresh=True)

@@ -223,6 +223,27 @@ async def test_cold_narinfos_are_asked_for_once(
             assert upstream.count(entry.narinfo_path) == 1
 
 
+@pytest.mark.parametrize("first", ["narinfo", "NAR"])
+async def test_a_narinfo_and_its_nar_at_the_same_moment(
+    first: str, proxy: InsideProxy, cache: BinaryCacheSimulator
+) -> None:
+    """Who wants a NAR needs its narinfo, too: that is asked for once, for both."""
+    gate = Gate(None)
+    cache.fault(ENTRY.narinfo_path, gate)
+    nar = f"/nar/{ENTRY.hash_part}-{ENTRY.nar_hash}.nar"
+    order = [ENTRY.narinfo_path, nar] if first == "narinfo" else [nar, ENTRY.narinfo_path]
+    asking = [asyncio.create_task(proxy.pull(order[0]))]
+    await gate.reached.wait()
+    asking += [asyncio.create_task(proxy.pull(path)) for path in (order[1], nar)]
+    asking += [asyncio.create_task(proxy.pull(nar, method="HEAD"))]
+    await proxy.eventually(lambda: proxy.cache.fetches_in_flight == 1)
+    gate.open()
+    answers = await asyncio.gather(*asking)
+    assert [answer.status for answer in answers] == [200] * 4
+    assert FILE in [answer.body for answer in answers]
+    assert (cache.count(ENTRY.narinfo_path), cache.gets(ENTRY.nar_path)) == (1, 1)
+
+
 async def test_narinfo_clients_may_leave(proxy: InsideProxy, cache: BinaryCacheSimulator) -> None:
     """A narinfo's lookup outlives the client that caused it."""
     gate = Gate(after=None)
