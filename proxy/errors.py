@@ -26,6 +26,7 @@ Rules:
     │  └─ UnverifiableError    nothing here can check it
     ├─ UpstreamError           we do not know
     │  ├─ UpstreamUnavailableError   refused, reset, DNS, TLS
+    │  │  ├─ UpstreamBrokeOffError   … or in the middle of its answer
     │  │  └─ UpstreamBusyError       … or 408, 429, 5xx
     │  ├─ UpstreamSkippedError       it has failed, and is left alone for now
     │  ├─ UpstreamTimeoutError       no answer in time
@@ -161,9 +162,13 @@ class UpstreamError(ProxyError):
 
 
 class UpstreamUnavailableError(UpstreamError):
-    """Refused, reset, DNS or TLS failure, or `UpstreamBusyError`."""
+    """Refused, reset, DNS or TLS failure, or one of those below."""
 
     outcome = "unavailable"
+
+
+class UpstreamBrokeOffError(UpstreamUnavailableError):
+    """The answer began, and was cut off."""
 
 
 class UpstreamBusyError(UpstreamUnavailableError):

@@ -4,7 +4,8 @@ All upstreams are asked at once. The most preferred one that has the thing wins;
 has it and a more preferred one is still silent, that one gets a moment longer and is then passed over;
 so is one that has failed before and is on probation. Who is passed over has until the end of the budget to
 show that it lives: its breaker wants to know.
-"Absent" is said only when every upstream said it; anything less is "unknown".
+"Absent" is said only when every upstream said it; anything less is "unknown". Before that is said of a
+narinfo, those whose answer was cut off are asked once more (aiohttp does so where none had begun).
 
 What decides (`choose`) is pure; `Failover` obeys it.
 """
@@ -24,6 +25,7 @@ from proxy.errors import (
     ProxyError,
     TrustError,
     UnverifiableError,
+    UpstreamBrokeOffError,
     UpstreamError,
     UpstreamLiedError,
     UpstreamTimeoutError,
@@ -231,6 +233,12 @@ class Failover:
         chosen: int | Verdict = Verdict.WAIT
         try:
             chosen = await self._wait(tasks, questions, deadline)
+            in_time = asyncio.get_running_loop().time() < deadline
+            if chosen is Verdict.UNKNOWN and in_time and not made_up:
+                for at in _cut_off(tasks):  # nobody else has it, as far as is known
+                    questions[at] = Question(asked, what)
+                    tasks[at] = asyncio.create_task(self._ask(ask, sources[at], questions[at]))
+                chosen = await self._wait(tasks, questions, deadline)
             if isinstance(chosen, int):
                 return Offer(sources[chosen].upstream, tasks[chosen].result())
             if chosen is Verdict.ABSENT:
@@ -325,6 +333,15 @@ def _state(task: asyncio.Task[T], *, on_probation: bool) -> State:
     if isinstance(error, UpstreamError):
         return State.FAILED
     raise error
+
+
+def _cut_off(tasks: Sequence[asyncio.Task[T]]) -> list[int]:
+    """Return the positions of questions to which an answer began, so that another one may end."""
+    return [
+        at
+        for at, task in enumerate(tasks)
+        if task.done() and isinstance(task.exception(), UpstreamBrokeOffError)
+    ]
 
 
 async def _dismiss(

@@ -13,6 +13,7 @@ import pytest
 from proxy.errors import (
     NotFoundError,
     SignatureError,
+    UpstreamBrokeOffError,
     UpstreamError,
     UpstreamTimeoutError,
     UpstreamUnavailableError,
@@ -28,7 +29,7 @@ from proxy.upstream.breaker import Breaker
 from proxy.upstream.remote import Upstream
 from tests.closures import SigningKey, StoreEntry
 from tests.conftest import StartSimulator
-from tests.faults import Gate, Html, Reset, Stall, Status
+from tests.faults import Cut, Fault, Gate, Html, Reset, Stall, Status
 from tests.simulator import BinaryCacheSimulator
 from tests.upstream.servers import black_hole
 
@@ -261,6 +262,50 @@ async def test_budget(sim: StartSimulator, ask: Ask) -> None:
         assert caught.value.upstream == "up1"
         await asked.answered("up2")
         assert asked.outcomes == {"up0": "absent", "up1": "timeout", "up2": "timeout"}
+
+
+@pytest.mark.parametrize("how", [Reset(), Cut(50), Cut(50, reset=True)], ids=repr)
+async def test_a_dead_connection_is_no_answer(how: Fault, sim: StartSimulator, ask: Ask) -> None:
+    """Who alone may have a path, and whose connection died, is asked once more."""
+    cache, poor = await sim(ENTRY), await sim()
+    cache.fault(ENTRY.narinfo_path, how, times=1)
+    asked = ask(cache, poor)
+    assert (await asked.narinfo()).upstream.name == "up0"
+    assert (cache.count(), poor.count()) == (2, 1)
+
+
+async def test_the_second_answer_counts(sim: StartSimulator, ask: Ask) -> None:
+    """It counts as the first one would have done, and a second death is the last."""
+    poor, dead = await sim(ENTRY), await sim(ENTRY)
+    poor.fault("*", Cut(50), times=1)
+    poor.fault("*", Status(404))
+    with pytest.raises(NotFoundError):
+        await ask(poor).narinfo()
+    assert poor.count() == 2
+    dead.fault("*", Cut(50))
+    with pytest.raises(UpstreamBrokeOffError):
+        await ask(poor, dead).narinfo()
+    assert (poor.count(), dead.count()) == (3, 2)
+
+
+@pytest.mark.parametrize("fault", [Status(503), Status(403), Html()], ids=repr)
+async def test_what_was_answered_is_not_asked_again(
+    fault: Fault, sim: StartSimulator, ask: Ask
+) -> None:
+    """An upstream that says that it cannot, or something strange, is believed."""
+    cache = await sim(ENTRY)
+    cache.fault("*", fault)
+    with pytest.raises(UpstreamError):
+        await ask(cache).narinfo()
+    assert cache.count() == 1
+
+
+async def test_nobody_is_asked_again_where_another_has_it(sim: StartSimulator, ask: Ask) -> None:
+    """A dead connection costs nobody any time as long as another upstream has the path."""
+    dead, well = await sim(ENTRY), await sim(ENTRY)
+    dead.fault("*", Cut(50))
+    assert (await ask(dead, well).narinfo()).upstream.name == "up1"
+    assert dead.count() == 1
 
 
 # --- trust ------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ ERRORS: list[ProxyError] = [
     errors.UpstreamDeniedError("up0", "o"),
     errors.UpstreamProtocolError("up0", "p"),
     errors.UpstreamLiedError("up0", "q"),
+    errors.UpstreamBrokeOffError("up0", "bb"),
     errors.UpstreamBusyError("up0", "v", retry_after=2.5),
     errors.UpstreamSkippedError("up0", "w"),
     errors.OfflineError("x"),

@@ -58,6 +58,7 @@ STATUSES: Mapping[type[ProxyError], int] = {
     errors.UnverifiableError: NOT_HERE,
     errors.UpstreamError: NOT_HERE,
     errors.UpstreamUnavailableError: NOT_HERE,
+    errors.UpstreamBrokeOffError: NOT_HERE,
     errors.UpstreamBusyError: NOT_HERE,
     errors.UpstreamSkippedError: NOT_HERE,
     errors.UpstreamTimeoutError: NOT_HERE,

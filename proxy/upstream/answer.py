@@ -14,6 +14,7 @@ import aiohttp
 
 from proxy.errors import (
     TrustError,
+    UpstreamBrokeOffError,
     UpstreamProtocolError,
     UpstreamTimeoutError,
     UpstreamUnavailableError,
@@ -65,7 +66,7 @@ class Body:
         Raises:
             UpstreamError: The connection broke, or no byte came in time.
         """
-        with translated(self._upstream):
+        with translated(self._upstream, UpstreamBrokeOffError):
             content = self._response.content
             data = await content.readany()
             if 0 < len(data) < ENOUGH and not content.at_eof():
@@ -125,14 +126,16 @@ class Body:
 
 
 @contextlib.contextmanager
-def translated(upstream: str) -> Iterator[None]:
-    """Turn what the HTTP client raises into our own errors."""
+def translated(
+    upstream: str, broken: type[UpstreamUnavailableError] = UpstreamUnavailableError
+) -> Iterator[None]:
+    """Turn what the HTTP client raises into our own errors: into ``broken`` where a connection died."""
     try:
         yield
     except TimeoutError as error:  # aiohttp's own timeouts derive from it
         raise UpstreamTimeoutError(upstream, "no answer in time") from error
     except aiohttp.ClientPayloadError as error:
-        raise UpstreamUnavailableError(upstream, f"the answer was cut off: {error}") from error
+        raise broken(upstream, f"the answer was cut off: {error}") from error
     except aiohttp.ClientConnectorError as error:  # its own text names the whole connection key
         reason = str(error.os_error) or type(error).__name__
         raise UpstreamUnavailableError(
@@ -140,7 +143,7 @@ def translated(upstream: str) -> Iterator[None]:
         ) from error
     except (aiohttp.ClientConnectionError, OSError) as error:
         reason = str(error) or type(error).__name__
-        raise UpstreamUnavailableError(upstream, reason) from error
+        raise broken(upstream, reason) from error
     except (aiohttp.ClientError, ValueError) as error:  # yarl and idna raise ValueError
         # Not its text, which quotes what the upstream sent, or a URL that may hold a secret.
         raise UpstreamProtocolError(upstream, f"not HTTP ({type(error).__name__})") from error

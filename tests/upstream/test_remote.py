@@ -13,6 +13,7 @@ import pytest
 from proxy.errors import (
     NotFoundError,
     ProxyError,
+    UpstreamBrokeOffError,
     UpstreamBusyError,
     UpstreamDeniedError,
     UpstreamError,
@@ -395,7 +396,7 @@ async def test_broken_transfer(
 ) -> None:
     """A body that ends before its end is an error, never a shorter body."""
     cache = await _serving(sim, *faults)
-    await raises(UpstreamUnavailableError, upstream(cache.url), body=True)
+    await raises(UpstreamBrokeOffError, upstream(cache.url), body=True)
 
 
 # --- URLs -------------------------------------------------------------------------------------
