@@ -34,22 +34,23 @@ PARSED = 4
 class KnownPath:
     """A verified narinfo, and the text that clients get of it.
 
-    ``upstream`` is None, and the narinfo's URL our own, when it was read from the store. ``kept`` tells
-    that its NAR is in the store. ``answer`` is for whoever serves it, to keep there what was made of it and
-    when, for as long as it is known.
+    ``upstream`` is None, and the narinfo's URL our own, when it was read from the store; ``was_from`` is then
+    the upstream's name, as far as it is known. ``kept`` tells that its NAR is in the store. ``answer`` is for
+    whoever serves it, to keep there what was made of it and when, for as long as it is known.
     """
 
     info: VerifiedNarInfo
     body: bytes
     upstream: Upstream | None
     kept: bool = False
+    was_from: str = ""
     answer: bytes | None = None
     answered_in: float = -1.0
 
     @property
     def origin(self) -> str:
         """The upstream's name, or an empty text."""
-        return "" if self.upstream is None else self.upstream.name
+        return self.was_from if self.upstream is None else self.upstream.name
 
     @property
     def etag(self) -> str:
@@ -185,7 +186,9 @@ class KnownPaths:
                 if self._failover.trust.is_changed(written, error):
                     self._store.take_out(hash_part, None, str(error))
                 raise
-            return KnownPath(info, narinfo.format(info, _url(info)), None, kept=True)
+            was_from = self._store.origin(hash_part)
+            body = narinfo.format(info, _url(info))
+            return KnownPath(info, body, None, kept=True, was_from=was_from)
 
         return self._if_sound(recall, "", hash_part)
 

@@ -433,6 +433,19 @@ async def test_a_narinfo_that_a_crash_withheld_is_made_good(
     assert cache.gets(ENTRY.nar_path) == 1
 
 
+async def test_where_it_came_from_outlives_a_restart(
+    cache: BinaryCacheSimulator, sim: StartSimulator, tmp_path: Path
+) -> None:
+    """Narinfo and NAR name the upstream that they are from, also without index."""
+    async with InsideProxy(tmp_path, (await sim()).url, cache.url, keys=[KEY.public]) as proxy:
+        await pulled(proxy)
+    shutil.rmtree(tmp_path / ".state")
+    async with InsideProxy(tmp_path, cache.url, keys=[KEY.public]) as proxy:
+        for path in (ENTRY.narinfo_path, URL):
+            headers = (await proxy.pull(path)).headers
+            assert (headers["X-Cache"], headers["X-Upstream"]) == ("HIT", "up1")
+
+
 async def test_a_nar_whose_narinfo_is_lost_is_served(
     cache: BinaryCacheSimulator, tmp_path: Path
 ) -> None:

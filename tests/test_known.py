@@ -137,7 +137,7 @@ async def test_what_is_stored_is_known(knowledge: Knowledge) -> None:
     known = knowledge.known.get(HASH_PART)
     assert known is not None
     assert known.body == knowledge.store.narinfo(HASH_PART)
-    assert (known.upstream, known.origin) == (None, "")
+    assert (known.upstream, known.origin) == (None, "up0")
     with pytest.raises(NotFoundError, match=ENTRY.name):
         _ = known.source
     assert not list(knowledge.known.elsewhere(NAME))

@@ -227,6 +227,26 @@ async def test_every_kind_of_file_comes_through(
     assert upstream.gets(listing) == 1
 
 
+async def test_workers_know_where_a_path_is_from(
+    threaded_sim: RunSimulator, daemon: RunDaemon
+) -> None:
+    """What a worker serves from the store names its upstream as the core's answer did."""
+    proxy = daemon(threaded_sim(SMALL).url, workers=2)
+    async with Wire(proxy.url) as wire:
+        names = {(await wire.ask(SMALL.narinfo_path)).headers["x-upstream"]}
+        names.add((await wire.ask(nar_target(SMALL))).headers["x-upstream"])
+    proxy.wait_for_log("stored")
+    proxy.stop()
+    proxy.start()
+    async with AsyncExitStack() as stack:
+        for wire in one_each(await connections(stack, proxy)):
+            for target in (SMALL.narinfo_path, nar_target(SMALL)):
+                answer = await wire.ask(target)
+                assert answer.headers["x-cache"] == "HIT"
+                names.add(answer.headers["x-upstream"])
+    assert len(names) == 1
+
+
 @pytest.mark.parametrize("when", ["before", "middle"])
 async def test_a_full_disk_is_no_obstacle(
     when: str, threaded_sim: RunSimulator, daemon: RunDaemon, tmp_path: Path

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from proxy.errors import StoreError
 from proxy.store.files import Partial
+from proxy.store.provenance import label
 
 BATCH = 512
 """Publications in one batch: bounds how long the first of them waits for the last."""
@@ -172,13 +173,14 @@ def _flush(path: Path) -> None:
         os.close(fd)
 
 
-def _write_and_flush(rename: Rename) -> None:
+def _write_and_flush(rename: Rename, origin: str) -> None:
     if rename.content is None:
         _flush(rename.source)
         return
     partial = Partial(rename.source)
     try:
         partial.append(rename.content)
+        label(rename.source, origin)
         partial.flush()
     finally:
         partial.close()
@@ -189,7 +191,7 @@ def _write_and_flush_all(items: Iterable[Publication]) -> list[OSError | StoreEr
 
 
 def _written_and_flushed(item: Publication) -> OSError | StoreError | None:
-    failures = (_failure_of(_write_and_flush, rename) for rename in item.renames)
+    failures = (_failure_of(_write_and_flush, rename, item.origin) for rename in item.renames)
     return next((error for error in failures if error is not None), None)
 
 

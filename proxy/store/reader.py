@@ -13,6 +13,7 @@ from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
 from proxy.store.files import OpenFile, reading
 from proxy.store.layout import Layout
+from proxy.store.provenance import origin_of
 
 
 class StoreReader:
@@ -32,6 +33,10 @@ class StoreReader:
             StoreError: The disk failed.
         """
         return read(self.layout.narinfo(hash_part))
+
+    def origin(self, hash_part: HashPart) -> str:
+        """Return the name of the upstream that a path is from; empty when nobody knows."""
+        return origin_of(self.layout.narinfo(hash_part))
 
     def has_narinfo(self, hash_part: HashPart) -> bool:
         """Tell whether a path is here whole: its NAR, and the narinfo that is published after it."""

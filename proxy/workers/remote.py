@@ -293,7 +293,8 @@ class RemoteCache:
         name = str(info.nar_name)
         etag = name if info.file_hash is None else info.file_hash.nix32
         text = narinfo.format(info, f"nar/{name}")
-        held = HeldNarinfo(text, name, f'"{etag}"', "", kept=True, size=info.size_on_disk)
+        origin = self._store.origin(hash_part)
+        held = HeldNarinfo(text, name, f'"{etag}"', origin, kept=True, size=info.size_on_disk)
         self._hot.put(hash_part, held)
         return held
 
