@@ -233,6 +233,8 @@ class Prefetch:
         most = min(self._rules.most, 2 * self._rules.most - len(self._lookups))
         while unable < len(self._wanting) and len(self._downloads) < most:
             client = self._wanting.popleft()
+            if not client.wanted:
+                continue  # it has left
             wish = client.take(room)
             if wish is None:
                 unable += 1

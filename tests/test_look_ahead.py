@@ -461,6 +461,21 @@ async def test_a_client_that_only_asks_costs_the_budget_once(
     assert len(set(asked(cache, "/nar/"))) == 6
 
 
+async def test_a_client_that_left_with_wishes_is_in_nobodys_way(
+    sim: StartSimulator, start: Start
+) -> None:
+    """What a client wanted and could not have is over when it leaves; the next one is served."""
+    large, small = entry("large", 50_000), entry("small", 1_000)
+    cache = await sim(large, small)
+    proxy = await start(cache, LookAhead(budget=10_000))
+    for path in (large, small):
+        async with Visitor(proxy) as visitor:
+            await visitor.narinfos(path)
+            await proxy.idle()
+
+    assert asked(cache, "/nar/") == nar_paths(small)
+
+
 async def test_a_client_that_fetched_has_a_whole_budget_again(
     sim: StartSimulator, start: Start
 ) -> None:
