@@ -6,8 +6,6 @@ import asyncio
 import os
 import random
 import resource
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +20,7 @@ from proxy.nix.signature import Keyring, PublicKey
 from proxy.nix.trust import Trust
 from proxy.store.verification import Checked, Verification
 from tests.closures import SigningKey, StoreEntry
-from tests.conftest import RunDaemon, RunSimulator, StartSimulator
+from tests.conftest import StartSimulator
 from tests.inside import InsideProxy
 from tests.simulator import BinaryCacheSimulator
 from tests.store.publishing import nar_name
@@ -153,60 +151,6 @@ async def test_no_descriptors_are_no_damage(
     assert _nar(proxy, LARGE).exists()
 
 
-# --- the command ------------------------------------------------------------------------------
-
-
-def _verify(config: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "proxy", "verify", "--config", str(config), *options],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=Path(__file__).parents[1],
-    )
-
-
-def test_verify_and_fetch_afresh(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
-    """``verify`` finds a changed bit that no length tells, takes the path out, and a pull mends it."""
-    upstream = threaded_sim(*ENTRIES)
-    process = daemon(upstream.url)
-    urls = {}
-    for entry in ENTRIES:
-        narinfo = process.get(entry.narinfo_path).decode()
-        urls[entry] = "/" + dict(line.split(": ", 1) for line in narinfo.splitlines())["URL"]
-        assert process.get(urls[entry]) == bytes(entry.file)
-    process.wait_for_log("stored", len(ENTRIES))
-    refused = _verify(process.config_file)
-    assert refused.returncode == 1
-    assert f"(process {process.process.pid})" in refused.stderr
-    process.stop()
-
-    sound = _verify(process.config_file)
-    assert (sound.returncode, sound.stdout) == (
-        0,
-        "2 checked: 2 sound, 0 damaged, 0 not signed by a trusted key\n",
-    )
-    nar = process.store / urls[LARGE][1:]
-    content = bytearray(nar.read_bytes())
-    content[3_000_000] ^= 1
-    nar.write_bytes(content)
-    found = _verify(process.config_file)
-    assert found.returncode == 1
-    damage, summary = found.stdout.splitlines()
-    assert damage.startswith(f"damaged: {nar.name}: NarHash: ")
-    assert summary == "2 checked: 1 sound, 1 damaged, 0 not signed by a trusted key"
-    assert (process.store / ".state" / "quarantine" / nar.name).read_bytes() == content
-
-    process.start()
-    upstream.reset_counts()
-    for entry in ENTRIES:
-        assert process.get(urls[entry]) == bytes(entry.file)
-    assert (upstream.gets(LARGE.nar_path), upstream.gets(SMALL.nar_path)) == (1, 0)
-    process.wait_for_log("stored", len(ENTRIES) + 1)
-    assert nar.read_bytes() == bytes(LARGE.file)
-
-
 async def test_verify_is_interrupted(
     proxy: InsideProxy, key: SigningKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,8 +161,8 @@ async def test_verify_is_interrupted(
     told: list[Mapping[str, Any]] = []
     checked = proxy.store.verification
 
-    def slow(*arguments: Any) -> Verification:
-        verification = checked(*arguments)
+    def slow(*arguments: Any, **options: Any) -> Verification:
+        verification = checked(*arguments, **options)
         original = verification._check
         monkeypatch.setattr(verification, "_check", lambda *what: _slowly(original(*what)))
         return verification
@@ -250,13 +194,3 @@ async def test_verify_is_interrupted(
     assert second > first
     found = await verifying.verify_store(proxy.store, trust, ignore, restart=True)
     assert (found["resumed"], found["checked"]) == ("", 2)
-
-
-def test_verify_without_a_store(tmp_path: Path) -> None:
-    """Where there is no store it says so, in one line, and makes none."""
-    config = tmp_path / "config.toml"
-    config.write_text(f'[store]\npath = "{tmp_path}/absent"\n')
-    done = _verify(config)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"nix-cache-proxy: there is no store at {tmp_path}/absent\n"
-    assert not (tmp_path / "absent").exists()

@@ -6,11 +6,12 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from proxy import __version__
 from proxy.cache import Cache
+from proxy.cli.verifying import verify_store
 from proxy.collection import collect
 from proxy.control.server import Command, Tell
 from proxy.errors import CommandError, ParseError
@@ -106,10 +107,11 @@ class DaemonCommands:
     mode: Callable[[], Mode]
     set_mode: Callable[[Mode], Awaitable[None]]
     listen: Sequence[str]
+    _verifying: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     def table(self) -> dict[str, Command]:
         """Return what can be asked for, by name."""
-        own = {"status": self.status, "mode": self.change_mode}
+        own = {"status": self.status, "mode": self.change_mode, "verify": self.verify}
         return {**self.on_store.table(), **own}
 
     async def change_mode(self, arguments: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
@@ -122,6 +124,24 @@ class DaemonCommands:
             case _:
                 raise CommandError("mode is auto, offline or strict")
         return {"mode": self.mode()}
+
+    async def verify(self, arguments: Mapping[str, Any], tell: Tell) -> Mapping[str, Any]:
+        """Check everything in the store again: ``restart``, to begin at the beginning."""
+        match arguments:
+            case {"restart": bool(restart)}:
+                pass
+            case _:
+                raise CommandError("verify takes whether to begin anew")
+        if self._verifying.locked():
+            raise CommandError("the store is being verified already")
+        async with self._verifying:
+            return await verify_store(
+                self.on_store.store,
+                self.failover().trust,
+                tell,
+                restart=restart,
+                taken_out=self.cache.taken_out,
+            )
 
     async def status(self, _arguments: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
         """Say what the daemon is and has."""

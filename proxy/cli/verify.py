@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from proxy.cli import assembly
+from proxy.cli.asking import ask_daemon
 from proxy.cli.options import ConfigFile, StorePath, TrustedKeys, configuration
 from proxy.cli.verifying import verify_store
 from proxy.config import Config
-from proxy.errors import StoreError
+from proxy.errors import NotRunningError, StoreError
 from proxy.events import ignore
 from proxy.store.folder import Store
 
@@ -38,10 +39,14 @@ def verify(
 
     It goes on where the last one was interrupted. What was taken out is fetched afresh when it is
     asked for; it lies in .state/quarantine for a week. Ends with 1 when something is not as it should be.
+    A running daemon does it beside serving, and goes by the keys that it was started with.
     """
     settings = configuration(config, None, store, None, trusted_key)
     with _shown() as show:
-        found = asyncio.run(_verify_alone(settings, show, restart=restart))
+        try:
+            found = _ask_daemon(settings, show, restart=restart)
+        except NotRunningError:
+            found = asyncio.run(_verify_alone(settings, show, restart=restart))
     if found is None:
         typer.echo("interrupted; the next verify goes on there", err=True)
         raise typer.Exit(1)
@@ -52,6 +57,24 @@ def verify(
     )
     if found["damaged"] or found["untrusted"]:
         raise typer.Exit(1)
+
+
+def _ask_daemon(config: Config, show: Progress, *, restart: bool) -> Mapping[str, Any] | None:
+    """Have the daemon check its store; it stops when we go.
+
+    Returns:
+        What was found; None if somebody interrupted it.
+
+    Raises:
+        NotRunningError: No daemon has the store.
+        CommandError: It cannot be done.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return ask_daemon(config, "verify", {"restart": restart}, show)
+    except KeyboardInterrupt:
+        return None
 
 
 async def _verify_alone(

@@ -26,12 +26,12 @@ async def verify_store(
     tell: Callable[[Mapping[str, Any]], Awaitable[None]],
     *,
     restart: bool = False,
-    taken_out: Callable[[HashPart], object] = lambda _hash_part: None,
+    taken_out: Callable[[HashPart], object] | None = None,
 ) -> Mapping[str, Any]:
     """Check every path in a store, and take out what is damaged.
 
-    A thread of its own does it, at the lowest priority. When this is cancelled it stops at the next path,
-    and the next verification goes on there.
+    A thread of its own does it, and gives way to all others. When this is cancelled it stops, and the
+    next verification goes on there.
 
     Args:
         store: The open store.
@@ -39,7 +39,8 @@ async def verify_store(
         tell: Told of progress: ``checked`` paths of ``total``, ``bytes`` read, and ``bad``, what was found
             since the last time, each with ``what``, ``outcome`` and ``reason``.
         restart: Begin at the beginning, wherever the last one stopped.
-        taken_out: Called for each path of which something was taken out of the store.
+        taken_out: Called for each path of which something was taken out of the store; None where nobody
+            else uses it.
 
     Returns:
         What was told last, of the whole, and ``resumed``: the hash part behind which it began.
@@ -52,10 +53,11 @@ async def verify_store(
 
     def set_aside(hash_part: HashPart, name: NarName | None, reason: str) -> None:
         store.take_out(hash_part, name, reason)
-        loop.call_soon_threadsafe(taken_out, hash_part)
+        if taken_out is not None:
+            loop.call_soon_threadsafe(taken_out, hash_part)
 
     stop = threading.Event()
-    verification = store.verification(trust, stop, set_aside)
+    verification = store.verification(trust, stop, set_aside, shared=taken_out is not None)
     if restart:
         verification.start_over()
     resumed = verification.begin

@@ -208,9 +208,11 @@ class Store(StoreReader):
         trust: Trust,
         stop: threading.Event,
         set_aside: Callable[[HashPart, NarName | None, str], object] | None = None,
+        *,
+        shared: bool = True,
     ) -> Verification:
         """Check everything again; ``set_aside`` replaces `take_out`."""
-        return Verification(self.layout, trust, set_aside or self.take_out, stop)
+        return Verification(self.layout, trust, set_aside or self.take_out, stop, shared=shared)
 
     def incoming(self, name: NarName | None = None) -> Incoming:
         """Start a file that can be published later if the disk takes it, and passed on if it does not.

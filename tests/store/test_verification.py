@@ -46,7 +46,7 @@ class Kept:
         """Check everything, or stop after so many files."""
         stop = threading.Event()
         found: list[Checked] = []
-        for checked in self.store.verification(trust, stop).run():
+        for checked in self.store.verification(trust, stop, shared=False).run():
             found.append(checked)
             if len(found) == most:
                 stop.set()
@@ -184,12 +184,43 @@ async def test_it_goes_on_where_it_stopped(kept: Kept) -> None:
     await kept.store.close()
 
 
+class _Replacing(threading.Event):
+    """Puts another file where a NAR is, as soon as some of it has been read."""
+
+    def __init__(self, nar: Path, content: bytes) -> None:
+        super().__init__()
+        self._nar = nar
+        self._content = content
+        self._asked = 0
+
+    def is_set(self) -> bool:
+        """Say that nobody wants it to stop, which is asked before each path and after each piece."""
+        self._asked += 1
+        if self._asked == 2:
+            fresh = self._nar.with_suffix(".fresh")
+            fresh.write_bytes(self._content)
+            fresh.replace(self._nar)
+        return False
+
+
+async def test_what_is_replaced_meanwhile(tmp_path: Path) -> None:
+    """A damaged NAR that the daemon replaces while it is read is nobody's any more: the new one stays."""
+    victim = StoreEntry.make("victim", os.urandom(10_000), compression="none")
+    kept = Kept(tmp_path / "store", [victim])
+    await publish(kept.store, victim)
+    _flip(kept.nar(victim), 100)
+    replacing = _Replacing(kept.nar(victim), bytes(victim.file))
+    assert list(kept.store.verification(TRUST, replacing).run()) == []
+    assert complete_paths(kept.folder, [KEY]) == {victim.hash_part}
+    await kept.store.close()
+
+
 async def test_lowest_priority(kept: Kept) -> None:
     """The thread that checks gives way to everybody else; the process does not."""
     niceness: list[int] = []
 
     def check() -> None:
-        run = kept.store.verification(TRUST, threading.Event()).run()
+        run = kept.store.verification(TRUST, threading.Event(), shared=False).run()
         niceness.extend(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) for _ in run)
 
     thread = threading.Thread(target=check)
