@@ -7,6 +7,7 @@ nothing of it is evicted while the rest arrives; and a pin that is replaced hold
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ MOST_PATHS = 200_000
 SLICE = 1_000
 """Paths that the index is asked about at once."""
 
+LACKING = 20
+"""Missing paths of a pin that are named."""
+
 INTERVAL = 0.2
 """Seconds between two accounts of how far it is."""
 
@@ -54,13 +58,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class PinState:
-    """A pin, and what is here of it: ``bytes`` on disk, and how many of its ``paths`` are ``missing``."""
+    """A pin, and what is here of it: ``bytes`` on disk, and how many of its ``paths`` are ``missing``.
+
+    ``lacking`` are the first of those, each with why it could not be fetched, as far as that was tried.
+    """
 
     name: str
     roots: tuple[StorePath, ...]
     paths: int
     missing: int
     bytes: int
+    lacking: tuple[tuple[StorePath, str], ...]
 
 
 class Source(Protocol):
@@ -133,6 +141,7 @@ class Pins:
         self._limits = limits
         self._pins = store.pins.read()
         self._in_the_making: dict[object, frozenset[HashPart]] = {}
+        self._reasons: dict[HashPart, str] = {}
 
     def __len__(self) -> int:
         return len(self._pins)
@@ -191,6 +200,38 @@ class Pins:
         """Return all pins, and what is here of them."""
         return [await self._state(name) for name in sorted(self._pins)]
 
+    async def mend(self) -> int:
+        """Fetch what is missing of pins, as far as it can be had and fits; return how much is missing then.
+
+        Raises:
+            StoreError: The index does not answer.
+        """
+        paths = {path.hash_part: path for pin in self._pins.values() for path in pin.paths}
+        sizes = await self._sizes(paths)
+        missing = deque(paths[each] for each, size in sizes.items() if size is None)
+        limit = most_to_pin(self._limits)
+        room = None if limit is None else limit - sum(size or 0 for size in sizes.values())
+        reasons: dict[HashPart, str] = {}
+
+        async def fetch(path: StorePath) -> None:
+            nonlocal room
+            try:
+                info = await self._info(path)
+                if room is None or _announced(info) <= room:
+                    room = None if room is None else room - _announced(info)
+                    await _for(path, self._source.keep(info.nar_name))
+                else:
+                    reasons[path.hash_part] = f"cannot keep {path}: it does not fit below max_size"
+            except CommandError as error:
+                reasons[path.hash_part] = str(error)
+
+        async def tell() -> None:
+            """Nobody listens."""
+
+        await _work_through(missing, fetch, tell)
+        self._reasons = reasons
+        return len(reasons)
+
     async def excess(self) -> int:
         """Return by how many bytes the pins exceed what can be pinned."""
         limit = most_to_pin(self._limits)
@@ -208,9 +249,7 @@ class Pins:
         todo = deque(dict.fromkeys(roots))
 
         async def look_up(path: StorePath) -> None:
-            info = await _for(path, self._source.info(path.hash_part))
-            if info.store_path != path:
-                raise CommandError(f"cannot pin {path}: it is {info.store_path}")
+            info = await self._info(path)
             found[path.hash_part] = info
             for reference in info.references:
                 if reference.hash_part not in seen:
@@ -221,6 +260,17 @@ class Pins:
 
         await _work_through(todo, look_up, lambda: tell(Progress(0, len(seen), 0)))
         return found
+
+    async def _info(self, path: StorePath) -> NarInfo:
+        """Return the narinfo of a path that is to be kept.
+
+        Raises:
+            CommandError: It cannot be had, or is another's.
+        """
+        info = await _for(path, self._source.info(path.hash_part))
+        if info.store_path != path:
+            raise CommandError(f"cannot keep {path}: it is {info.store_path}")
+        return info
 
     async def _fetch(
         self,
@@ -266,7 +316,10 @@ class Pins:
         pin = self._pins[name]
         sizes = await self._sizes(pin.hash_parts)
         here = [size for size in sizes.values() if size is not None]
-        return PinState(name, pin.roots, len(sizes), len(sizes) - len(here), sum(here))
+        lacking = (path for path in pin.paths if sizes[path.hash_part] is None)
+        first = itertools.islice(lacking, LACKING)
+        reasons = tuple((path, self._reasons.get(path.hash_part, "")) for path in first)
+        return PinState(name, pin.roots, len(sizes), len(sizes) - len(here), sum(here), reasons)
 
     async def _sizes(self, hash_parts: Iterable[HashPart]) -> dict[HashPart, int | None]:
         """Return what paths take on the disk; None for those that are not here."""
@@ -304,7 +357,7 @@ async def _for(path: StorePath, work: Awaitable[T]) -> T:
     except CommandError:
         raise
     except ProxyError as error:
-        raise CommandError(f"cannot pin {path}: {error}") from error
+        raise CommandError(f"cannot keep {path}: {error}") from error
 
 
 async def _work_through(

@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -257,17 +258,34 @@ def test_pins_are_listed(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
 def test_what_is_missing_of_a_pin_is_said_and_fetched_again(
     daemon: RunDaemon, threaded_sim: RunSimulator
 ) -> None:
-    """Where somebody deleted a part of a pin, the list says so, and pinning again makes it whole."""
-    proxy = daemon(threaded_sim(*CLOSURE).url)
+    """Where somebody deleted a part of a pin, the list names it, and the next daemon fetches it again."""
+    upstream = threaded_sim(*CLOSURE)
+    proxy = daemon(upstream.url)
     keep_all(proxy)
     proxy.stop()
-    (proxy.store / f"{CLOSURE[-1].hash_part}.narinfo").unlink()
+    leaf = CLOSURE[-1]
+    (proxy.store / f"{leaf.hash_part}.narinfo").unlink()
+    shutil.rmtree(proxy.store / "nar")
     shutil.rmtree(proxy.store / ".state")
 
-    assert "1 of them missing" in on(proxy, "pins").stdout
+    shown = on(proxy, "pins").stdout
+    assert f"{len(CLOSURE)} of them missing" in shown
+    assert f"missing: {leaf.store_path}\n" in shown
+
+    nar = upstream.files.pop(leaf.nar_path)
     proxy.start()
-    keep_all(proxy)
-    assert pins_of(proxy)["mine"]["missing"] == 0
+    (warning,) = proxy.wait_for_log("pins are not whole")
+    assert (warning["level"], warning["missing"]) == ("warning", "1 path")
+    assert f"missing: cannot keep {leaf.store_path}: " in on(proxy, "pins").stdout
+    assert [each["path"] for each in pins_of(proxy)["mine"]["lacking"]] == [leaf.store_path]
+    proxy.stop()
+
+    upstream.files[leaf.nar_path] = nar
+    proxy.start()
+    deadline = time.monotonic() + 20
+    while pins_of(proxy)["mine"]["missing"]:
+        assert time.monotonic() < deadline
+    assert pins_of(proxy)["mine"]["lacking"] == []
 
 
 def test_a_pin_that_cannot_be_made_changes_nothing(
@@ -282,7 +300,7 @@ def test_a_pin_that_cannot_be_made_changes_nothing(
     del upstream.files[leaf.nar_path]
 
     done = on(proxy, "pin", "mine", ROOT.store_path)
-    assert_failed(done, 1, "cannot pin", leaf.store_path)
+    assert_failed(done, 1, "cannot keep", leaf.store_path)
     assert pins_of(proxy) == before
     assert on(proxy, "gc", "--max-size", "0").returncode == 0
     assert pins_of(proxy)["mine"]["missing"] == 0

@@ -18,9 +18,10 @@ from proxy.cli.front import Front, Workers, one_process, setup
 from proxy.cli.handlers import DaemonCommands, StoreCommands
 from proxy.cli.logs import EventLog, log
 from proxy.cli.operations import Operations
+from proxy.cli.upkeep import keep_whole
 from proxy.config import Config, UnixListen
 from proxy.control.server import taking_commands
-from proxy.errors import ConfigError, ListenError, StoreError
+from proxy.errors import ConfigError, ListenError
 from proxy.events import BreakerClosed, ConfigReloaded, Event, Fault, Mode, ModeChanged, Observer
 from proxy.failover import Failover
 from proxy.metrics import Metrics
@@ -28,7 +29,6 @@ from proxy.pins import FromUpstreams, Pins
 from proxy.prefetch import Prefetch
 from proxy.server import collector
 from proxy.server.listening import Address
-from proxy.sizes import readable
 from proxy.store.eviction import Limits
 from proxy.store.folder import Store
 from proxy.upstream.breaker import State
@@ -180,7 +180,7 @@ class Daemon:
     async def _commands(self, store: Store, cache: Cache, front: Front) -> AsyncIterator[None]:
         """Let commands reach us; where there can be no socket, we serve all the same."""
         pins = Pins(store, FromUpstreams(cache, store), store.limits)
-        looking = asyncio.create_task(_warn_of_excess(pins))
+        looking = asyncio.create_task(keep_whole(pins))
         commands = DaemonCommands(
             StoreCommands(store, pins),
             cache,
@@ -266,13 +266,6 @@ class Daemon:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
-
-
-async def _warn_of_excess(pins: Pins) -> None:
-    """Say it when more is pinned than the limits leave room for: eviction cannot go below that."""
-    with contextlib.suppress(StoreError):
-        if excess := await pins.excess():
-            log.warning("more is pinned than max_size leaves room for", excess=readable(excess))
 
 
 async def _retire(failover: Failover, cache: Cache) -> None:

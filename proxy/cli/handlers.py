@@ -179,4 +179,5 @@ def _store_path(text: object) -> StorePath:
 
 
 def _pin(pin: PinState) -> Mapping[str, Any]:
-    return {**asdict(pin), "roots": [str(path) for path in pin.roots]}
+    lacking = [{"path": str(path), "reason": reason} for path, reason in pin.lacking]
+    return {**asdict(pin), "roots": [str(path) for path in pin.roots], "lacking": lacking}

@@ -14,7 +14,10 @@ from proxy.sizes import readable
 
 
 def pins(*, config: ConfigFile = None, store: StorePath = None, as_json: AsJson = False) -> None:
-    """List the pins, what they take, and whether all of them is here."""
+    """List the pins, what they take, and what of them is not here.
+
+    A running daemon fetches that by itself: when it starts, and then every hour at the latest.
+    """
     found: list[dict[str, Any]] = []
     result = ask_anybody(
         configured(config, store), "pins", {}, lambda told: found.append(dict(told))
@@ -30,3 +33,7 @@ def pins(*, config: ConfigFile = None, store: StorePath = None, as_json: AsJson 
         )
         for root in pin["roots"]:
             typer.echo(f"{'':{width}}  {root}")
+        for each in pin["lacking"]:
+            typer.echo(f"{'':{width}}  missing: {each['reason'] or each['path']}")
+        if pin["missing"] > len(pin["lacking"]):
+            typer.echo(f"{'':{width}}  and {pin['missing'] - len(pin['lacking'])} more")

@@ -52,9 +52,14 @@ class Pin:
     needs: tuple[StorePath, ...]
 
     @property
-    def hash_parts(self) -> frozenset[HashPart]:
+    def paths(self) -> tuple[StorePath, ...]:
         """All of it."""
-        return frozenset(path.hash_part for path in (*self.roots, *self.needs))
+        return (*self.roots, *self.needs)
+
+    @property
+    def hash_parts(self) -> frozenset[HashPart]:
+        """The hash parts of all of it."""
+        return frozenset(path.hash_part for path in self.paths)
 
 
 class PinFiles:
