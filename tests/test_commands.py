@@ -130,6 +130,28 @@ def test_without_a_socket_it_serves_all_the_same(daemon: RunDaemon) -> None:
     assert proxy.get("/readyz") == b"ready\n"
 
 
+def test_commands_work_again_after_the_state_was_deleted(
+    daemon: RunDaemon, threaded_sim: RunSimulator
+) -> None:
+    """Who deletes .state under a daemon has lock and socket again in a moment, and nothing is lost."""
+    proxy = daemon(threaded_sim(*CLOSURE).url)
+    keep_all(proxy)
+    shutil.rmtree(proxy.store / ".state")
+    lock, control = (proxy.store / ".state" / name for name in ("lock", "control.sock"))
+    deadline = time.monotonic() + 20
+    while not (lock.exists() and control.exists()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "fetching  0" in on(proxy, "status").stdout
+    assert pins_of(proxy)["mine"]["missing"] == 0
+    assert proxy.get(ROOT.narinfo_path)
+    assert_failed(on(proxy, "serve"), 1, f"(process {proxy.process.pid})", lines=3)
+
+    proxy.stop()
+    assert not control.exists()
+    assert pins_of(proxy.start())["mine"]["missing"] == 0
+
+
 def test_a_foreign_socket_is_no_daemon(tmp_path: Path) -> None:
     """What answers something else than a daemon would is not believed."""
     store = tmp_path / "store"

@@ -33,6 +33,9 @@ ANSWER_TIMEOUT = 10.0
 HEARTBEAT = 5.0
 """Seconds of silence after which a client is told that its command goes on."""
 
+LOOK_EVERY = 2.0
+"""Seconds until it is noticed that somebody has removed the socket."""
+
 CLIENTS = 16
 """Commands at the same time."""
 
@@ -61,19 +64,56 @@ async def taking_commands(
         ListenError: There can be no socket.
     """
     clients = _Clients(commands, observer)
+    door = _Door(path, clients)
     try:
-        listener = _listener(path)
-        server = await asyncio.start_unix_server(
-            clients.serve, sock=listener, limit=REQUEST_BYTES, start_serving=True
-        )
+        await door.open()
     except OSError as error:
         raise ListenError(f"cannot take commands at {path}: {error.strerror or error}") from error
+    keeping = asyncio.create_task(door.keep_open())
     try:
         yield
     finally:
-        server.close()
-        _remove(path)
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        door.close()
         await clients.close()
+
+
+class _Door:
+    """The socket that clients come by."""
+
+    def __init__(self, path: Path, clients: _Clients) -> None:
+        self._path = path
+        self._clients = clients
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        """Bind the socket, and let clients in; those who came by an earlier one stay.
+
+        Raises:
+            OSError: There can be no socket.
+        """
+        listener = _listener(self._path)
+        server = await asyncio.start_unix_server(
+            self._clients.serve, sock=listener, limit=REQUEST_BYTES, start_serving=True
+        )
+        if self._server is not None:
+            self._server.close()
+        self._server = server
+
+    async def keep_open(self) -> None:
+        """Bind it again whenever somebody has removed it, as with all that can be derived."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            if not await asyncio.to_thread(os.path.exists, self._path):
+                with contextlib.suppress(OSError):  # its folder may be made later
+                    await self.open()
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        if self._server is not None:
+            self._server.close()
+        _remove(self._path)
 
 
 def _listener(path: Path) -> socket.socket:

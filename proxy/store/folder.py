@@ -88,15 +88,16 @@ class Store(StoreReader):
                 raise
         self.on_evicted: Callable[[str], None] = lambda _name: None
         """Called with the file name of each NAR that was evicted."""
+        self._watch = Watch(self._probe, observer)
         self.index = Index(
             self.layout,
             self._on_index_failure,
             limits=limits,
             on_evicted=self._on_evicted,
             pinned=self.pins.hash_parts(),
+            on_vanished=self._watch.suspected,
         )
         self._publisher = Publisher(self._on_published)
-        self._watch = Watch(self._probe, observer)
         self._tidying = self._loop.call_later(TIDY_EVERY, self._tidy)
         self._remembered = Remembered(self.layout, self._write_remembered, self._on_not_remembered)
 

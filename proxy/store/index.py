@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import queue
 import threading
 import time
@@ -86,6 +87,7 @@ class Index:
         limits: What the store may take.
         on_evicted: Called on the index's thread with the name and the size of what was evicted.
         pinned: Paths of which nothing is evicted, to begin with: see `pin`.
+        on_vanished: Called on the index's thread, about once a second, while the state folder is not there.
     """
 
     def __init__(
@@ -96,8 +98,10 @@ class Index:
         limits: Limits = UNLIMITED,
         on_evicted: Callable[[str, int], None] = lambda _name, _size: None,
         pinned: Collection[HashPart] = (),
+        on_vanished: Callable[[], object] = lambda: None,
     ) -> None:
         self._layout = layout
+        self._on_vanished = on_vanished
         self._prefix = len(str(layout.root / "_")) - 1
         self._on_failure = on_failure
         self._pinned = pinned
@@ -254,6 +258,8 @@ class Index:
             if not self._scanned.is_set():
                 self._scan_slice(database, found)
             self._write(database, self._gather())
+            if not os.path.exists(self._layout.lock):  # noqa: PTH110  # whatever the disk says of it
+                self._on_vanished()
             if self._scanned.is_set():
                 self._answer(database)
                 self._room.forget()

@@ -51,6 +51,11 @@ class Watch:
         """Something could not be written; find out whether that is so in general. From any thread."""
         self._loop.call_soon_threadsafe(self._look)
 
+    def suspected(self) -> None:
+        """Something may be wrong; find out, unless something is known to be. From any thread."""
+        if not self.reason:
+            self.failed()
+
     async def check(self) -> str:
         """Look at the disk now, once for all who ask, and return what `reason` says then."""
         self._look()

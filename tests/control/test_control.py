@@ -336,3 +336,33 @@ async def test_no_socket_can_be_made(tmp_path: Path) -> None:
     with pytest.raises(ListenError, match="cannot take commands"):
         async with taking_commands(tmp_path / "no" / "x.sock", {}, lambda _event: None):
             pass
+
+
+async def test_a_socket_that_was_removed_comes_back(
+    path: Path, listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket that somebody removes, with its folder, is bound again; a command under way goes on."""
+    monkeypatch.setattr(server, "LOOK_EVERY", 0.01)
+    path = path.parent / "state" / path.name
+    path.parent.mkdir()
+    begun, going_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(_arguments: Mapping[str, Any], _tell: Tell) -> Mapping[str, Any]:
+        begun.set()
+        await going_on.wait()
+        return {"done": True}
+
+    await listen(path, echo=echo, wait=wait)
+    waiting = asyncio.create_task(ask(path, "wait"))
+    await begun.wait()
+    path.unlink()
+    path.parent.rmdir()
+    await asyncio.sleep(0.05)  # it cannot be bound meanwhile
+    path.parent.mkdir()
+    async with asyncio.timeout(PATIENCE):
+        while not path.exists():  # noqa: ASYNC110  # nothing tells
+            await asyncio.sleep(0.01)
+    assert await ask(path, "echo", a=1) == ({"a": 1}, [{"seen": "a"}])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    going_on.set()
+    assert (await waiting)[0] == {"done": True}
