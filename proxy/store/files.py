@@ -19,6 +19,14 @@ from proxy.errors import DamagedError, StoreError
 _DAMAGE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
 """What the kernel says of what cannot be read any more: bad blocks, inconsistency, a wrong checksum."""
 
+BLOCK = 512
+"""The unit of ``st_blocks`` (stat(2)), whatever the file system's own block size is."""
+
+
+def disk_usage(status: os.stat_result) -> int:
+    """Return the bytes that a file takes on the disk."""
+    return status.st_blocks * BLOCK
+
 
 @contextlib.contextmanager
 def disk(what: str) -> Iterator[None]:

@@ -26,9 +26,10 @@ from proxy.errors import StoreError
 from proxy.nix.store_path import HashPart
 from proxy.store.database import Database, Totals
 from proxy.store.eviction import UNLIMITED, Limits
+from proxy.store.files import disk_usage
 from proxy.store.layout import Layout
 from proxy.store.room import Room
-from proxy.store.scan import Found, disk_usage, scan
+from proxy.store.scan import Found, scan
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from proxy.errors import StoreError
-from proxy.store.files import Partial, disk
+from proxy.store.files import Partial, disk, disk_usage, in_use
 
 MIN_SIZE = 2**20
 """Bytes of the whole file below which a download is begun anew: the rest is not worth the notes."""
@@ -97,6 +97,7 @@ class Leftovers:
         """Remove those that nobody came back for. Never fails."""
         horizon = (time.time() if now is None else now) - MAX_AGE
         aged = sorted((age, name) for age, name in self._aged() if name in self._names)
+        self._names = {name for _, name in aged}  # the others had to make room
         for age, name in aged:
             if age < horizon or len(self._names) > MOST:
                 self._names.discard(name)
@@ -162,6 +163,33 @@ class Leftovers:
 
     def _note(self, name: str) -> Path:
         return self._folder / f"{name}{NOTE}"
+
+
+def make_room(folder: Path, wanted: int) -> Iterator[tuple[Path, int]]:
+    """Remove unfinished downloads that nobody writes or goes on with, what was written to last the last.
+
+    Args:
+        folder: The folder of partial files.
+        wanted: Bytes on disk that are to become free.
+
+    Yields:
+        What is gone, and the bytes on disk that it took.
+
+    Raises:
+        OSError: The folder cannot be read or written.
+    """
+    there = []
+    for path in folder.glob(f"*{DATA}"):
+        with contextlib.suppress(FileNotFoundError):
+            there.append((path.stat(), path))
+    for status, path in sorted(there, key=lambda each: each[0].st_mtime):
+        if wanted <= 0:
+            return
+        if not in_use(path):
+            path.unlink(missing_ok=True)
+            path.with_suffix(NOTE).unlink(missing_ok=True)
+            wanted -= disk_usage(status)
+            yield path, disk_usage(status)
 
 
 class Lasting:

@@ -10,6 +10,7 @@ from proxy.store.database import Database, narinfo_of
 from proxy.store.eviction import Candidate, Limits, beyond, choose, excess, room
 from proxy.store.files import in_use
 from proxy.store.layout import Layout
+from proxy.store.leftovers import make_room
 from proxy.store.scan import forget_narinfos, nar_of, overhead
 
 EVICTION = 256
@@ -70,8 +71,13 @@ class Room:
         return excess(self._limits, used=self.used, free=free)
 
     def make(self, database: Database) -> bool:
-        """Evict some of what is too much, used least recently first; return whether anything went."""
+        """Evict some of what is too much; return whether anything went.
+
+        Unfinished downloads are the first to go, and then what was used least recently.
+        """
         wanted = self.measure(database)
+        if wanted > 0 and self._give_up(wanted):
+            return True
         return wanted > 0 and bool(self._evict(database, choose(database.oldest(EVICTION), wanted)))
 
     def evict(self, database: Database, names: Collection[str]) -> list[str]:
@@ -89,6 +95,17 @@ class Room:
         if self._remembered > most or time.monotonic() - self._forgot_at > DAY:
             self._forgot_at = time.monotonic()
             self._remembered = forget_narinfos(self._layout, most - most // 8)
+
+    def _give_up(self, wanted: int) -> bool:
+        """Remove unfinished downloads."""
+        gone = False
+        try:
+            for path, size in make_room(self._layout.partials, wanted):
+                gone = True
+                self._on_evicted(str(path.relative_to(self._layout.root)), size)
+        except OSError as error:
+            self._on_failure(f"cannot remove an unfinished download: {error}")
+        return gone
 
     def _evict(self, database: Database, victims: Iterable[Candidate]) -> list[str]:
         """Remove what nobody reads or writes."""

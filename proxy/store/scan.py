@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from proxy.store.files import disk_usage
 from proxy.store.layout import SIDE_FOLDERS, Layout
 from proxy.store.leftovers import DATA, NOTE
-
-BLOCK = 512
-"""The unit of ``st_blocks`` (stat(2)), whatever the file system's own block size is."""
 
 REMEMBER_FOR = 30 * 24 * 3600
 """Seconds that a narinfo without NAR is kept: as long as Nix keeps its own copy of it."""
@@ -38,11 +36,6 @@ class Found:
     name: str
     size: int
     modified: int
-
-
-def disk_usage(status: os.stat_result) -> int:
-    """Return the bytes that a file takes on the disk."""
-    return status.st_blocks * BLOCK
 
 
 def scan(layout: Layout) -> Iterator[Found]:
@@ -109,7 +102,15 @@ def overhead(layout: Layout) -> int:
     """
     total = 0
     own = (layout.state, layout.partials, layout.pins, layout.quarantine)
-    for folder in (layout.root, layout.nars, *own):
+    upstreams = (layout.remembered / name for name in _folders(layout.remembered))
+    for folder in {
+        layout.root,
+        layout.state,
+        layout.pins,
+        layout.quarantine,
+        *layout.folders,
+        *upstreams,
+    }:
         with contextlib.suppress(OSError):
             total += disk_usage(folder.stat())
     for folder in own:

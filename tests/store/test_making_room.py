@@ -23,6 +23,7 @@ from proxy.store.eviction import HIGH, UNLIMITED, Candidate, Limits
 from proxy.store.files import OpenFile, Partial, in_use
 from proxy.store.index import Index
 from proxy.store.layout import Layout
+from proxy.store.leftovers import Leftovers, Origin
 from tests.closures import nix32, sha256
 
 PATIENCE = 20.0
@@ -190,6 +191,37 @@ def test_the_folder_stays_below_its_limit() -> None:
 
         assert du_of_all(there.layout) > limit / 2
         assert len(there.evicted) > 40
+
+
+def test_unfinished_downloads_go_first() -> None:
+    """What was left unfinished makes room before anything whole, the oldest first; never one in work."""
+    with folder(Limits(max_size=3_000_000)) as there:
+        leftovers = Leftovers(there.layout.partials)
+        downloads = {}
+        for age, name in enumerate(("new", "old", "in-work")):
+            downloads[name] = leftovers.start(name, Origin("up0", None, None, None))
+            downloads[name].append(bytes(400_000))
+            os.utime(downloads[name].path, (0, 2_000 - age))
+        for name in ("new", "old"):
+            downloads[name].close()
+            leftovers.left(downloads[name])
+        there.put(1, 1_300_000)
+        there.put(2, 400_000)
+        there.settled()
+        assert there.evicted == [".state/partial/old.part"]
+        assert sorted(path.name for path in there.layout.partials.iterdir()) == [
+            "in-work.from",
+            "in-work.part",
+            "new.from",
+            "new.part",
+        ]
+        there.put(3, 400_000)
+        there.settled()
+        assert there.evicted[1:] == [".state/partial/new.part"]
+        assert leftovers.take("old") is None
+        assert (there.layout.partials / "in-work.part").exists()
+        assert there.index.measure().result(PATIENCE)[0] == du_of_all(there.layout)
+        downloads["in-work"].discard()
 
 
 def test_least_recently_used_goes_first() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from proxy.nix.store_path import HashPart
+from proxy.store.files import disk_usage
 from proxy.store.layout import SIDE_FOLDERS, Layout
 from proxy.store.scan import (
     REMEMBER_FOR,
-    disk_usage,
     forget_narinfos,
     remove_leftovers,
     scan,
