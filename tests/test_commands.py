@@ -252,7 +252,7 @@ def test_a_pin_survives_everything_but_unpin(daemon: RunDaemon, threaded_sim: Ru
     assert on(proxy, "gc", "--max-size", "0").stdout.startswith("removed 0 files")
     assert pins_of(proxy)["mine"]["missing"] == 0
 
-    assert on(proxy, "unpin", "mine").returncode == 0
+    assert on(proxy, "unpin", "mine").stdout == "unpinned mine\n"
     assert pins_of(proxy) == {}
     assert f"removed {len(CLOSURE)} files" in on(proxy, "gc", "--max-size", "0").stdout
     assert not list(proxy.store.glob("*.narinfo"))
@@ -522,6 +522,26 @@ def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     done = run_as_nobody("serve", "--listen", "127.0.0.1:0", "--store", store / "below")
     assert_failed(done, 1, str(store), "Permission denied")
     assert list(store.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["gc"], ["pins"], ["verify"], ["pin", "x", OTHER.store_path]])
+def test_a_store_that_is_none(command: list[str], tmp_path: Path) -> None:
+    """Where there is no store, or a file has its name: one line, and nothing is made or changed."""
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert_failed(run(*command, "--store", file, cwd=tmp_path), 1, str(file), "is no folder")
+    absent = tmp_path / "absent"
+    done = run(*command, "--store", absent, cwd=tmp_path)
+    assert_failed(done, 1, f"no daemon runs on {absent}, and there is no store")
+    assert file.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_list_of_commands_is_readable(tmp_path: Path) -> None:
+    """Each command has a line of its own that is not cut off."""
+    shown = run("--help", cwd=tmp_path).stdout
+    assert "verify        Check everything in the store; take out what is damaged." in shown
+    assert "..." not in shown.partition("Commands:")[2]
 
 
 def test_a_size_that_is_none(tmp_path: Path) -> None:

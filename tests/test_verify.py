@@ -200,5 +200,5 @@ def test_a_daemon_that_commands_do_not_reach(daemon: RunDaemon, threaded_sim: Ru
 def test_without_a_store(tmp_path: Path) -> None:
     """Where there is no store it says so, in one line, and makes none."""
     done = run("verify", "--store", tmp_path / "absent", cwd=tmp_path)
-    assert_failed(done, 1, f"there is no store at {tmp_path}/absent")
+    assert_failed(done, 1, f"no daemon runs on {tmp_path}/absent, and there is no store")
     assert not (tmp_path / "absent").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -27,10 +28,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command(short_help="Run the daemon in the foreground.")(serve)
-app.command()(check_config)
-for command in (status, mode, pin, unpin, pins, gc, verify):
-    app.command()(command)
+COMMANDS: dict[Callable[..., None], str] = {
+    serve: "Run the daemon in the foreground.",
+    check_config: "Say whether a configuration can be used.",
+    status: "Say what the running daemon is and has.",
+    mode: "Say or change whether upstreams are asked.",
+    pin: "Keep paths, and all that they need, under a name.",
+    unpin: "Let go of what is kept under a name.",
+    pins: "List what is kept by name, and what of it is missing.",
+    gc: "Make room now, or say what would go.",
+    verify: "Check everything in the store; take out what is damaged.",
+}
+"""All of them, each with the line by which people find it."""
+
+for command, line in COMMANDS.items():
+    app.command(short_help=line)(command)
 
 
 @app.callback()

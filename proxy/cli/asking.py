@@ -13,7 +13,7 @@ from proxy.cli.options import configuration
 from proxy.config import Config
 from proxy.control import client
 from proxy.control.client import Progress
-from proxy.errors import NotRunningError
+from proxy.errors import NotRunningError, StoreError
 from proxy.events import ignore
 from proxy.pins import FromStore, Pins
 from proxy.store.eviction import Limits
@@ -54,16 +54,27 @@ def ask_anybody(
     """Have the running daemon carry out a command; without one, do it on the store alone.
 
     Raises:
-        NotRunningError: No daemon has the store, and there is no store.
         CommandError: It cannot be done.
-        StoreError: The store cannot be used, or somebody else has it.
+        StoreError: There is no store, or it cannot be used, or somebody else has it.
     """
     try:
         return ask_daemon(config, command, arguments, progress)
     except NotRunningError:
-        if not Layout(config.store.path).cache_info.exists():
-            raise
+        refuse_absent(config)
     return asyncio.run(_alone(config, command, arguments, progress))
+
+
+def refuse_absent(config: Config) -> None:
+    """See that there is a store for a command that finds no daemon: none is made for it.
+
+    Raises:
+        StoreError: There is none.
+    """
+    path = config.store.path
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"no daemon runs on {path}, which is no folder")
+    if not Layout(path).cache_info.exists():
+        raise StoreError(f"no daemon runs on {path}, and there is no store")
 
 
 async def _alone(

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from proxy.cli import assembly
-from proxy.cli.asking import ask_daemon
+from proxy.cli.asking import ask_daemon, refuse_absent
 from proxy.cli.options import ConfigFile, StorePath, TrustedKeys, configuration
 from proxy.cli.verifying import verify_store
 from proxy.config import Config
-from proxy.errors import NotRunningError, StoreError
+from proxy.errors import NotRunningError
 from proxy.events import ignore
 from proxy.store.folder import Store
 
@@ -39,7 +39,7 @@ def verify(
 
     It goes on where the last one was interrupted. What was taken out is fetched afresh when it is
     asked for; it lies in .state/quarantine for a week. Ends with 1 when something is not as it should be.
-    A running daemon does it beside serving, and goes by the keys that it was started with.
+    A running daemon does it beside serving, and goes by the keys that it trusts itself.
     """
     settings = configuration(config, None, store, None, trusted_key)
     with _shown() as show:
@@ -88,8 +88,7 @@ async def _verify_alone(
     Raises:
         StoreError: There is no store, or it cannot be used.
     """
-    if not config.store.path.is_dir():
-        raise StoreError(f"there is no store at {config.store.path}")
+    refuse_absent(config)
 
     async def tell(progress: Mapping[str, Any]) -> None:
         show(progress)
