@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.closures import SigningKey, StoreEntry
 from tests.daemon import DaemonProcess
 from tests.nix_client import NixClient
 from tests.simulator import BinaryCacheSimulator, running
+
+# `make test` plays the same examples everywhere, and a machine that is busy takes its time: pytest-timeout
+# catches what really hangs. `make soak` plays others each time (`--hypothesis-profile random`).
+_PATIENT = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("random", _PATIENT, derandomize=False)
+settings.register_profile("repeatable", _PATIENT, derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -25,7 +25,8 @@ def small_disk(folder: Path, *, size: int, inodes: int = 10_000) -> Iterator[Pat
     try:
         yield folder
     finally:
-        unmount(folder)
+        while folder.is_mount():  # what a test has mounted over it would outlive the test otherwise
+            unmount(folder)
 
 
 def unmount(folder: Path) -> None:
@@ -39,9 +40,19 @@ def remount(folder: Path, *, size: int) -> None:
 
 
 def mount_over(folder: Path, options: str) -> None:
-    """Mount what is at `folder` there once more, with options; what is open stays as it was."""
-    _mount("--bind", str(folder), str(folder)).check_returncode()
-    _mount("-o", f"remount,bind,{options}", str(folder)).check_returncode()
+    """Mount what is at `folder` there once more, with options; what is open stays as it was.
+
+    The options are set aside first: a mount in which somebody writes does not become read-only (EBUSY).
+    """
+    aside = folder.with_name(f"{folder.name}-aside")
+    aside.mkdir()
+    _mount("--bind", str(folder), str(aside)).check_returncode()
+    try:
+        _mount("-o", f"remount,bind,{options}", str(aside)).check_returncode()
+        _mount("--bind", str(aside), str(folder)).check_returncode()
+    finally:
+        unmount(aside)
+        aside.rmdir()
 
 
 def make_read_only(folder: Path) -> None:

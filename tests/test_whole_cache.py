@@ -27,10 +27,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from proxy import patience
 from proxy.events import Evicted
 from proxy.fetch import HELD_BACK
 from proxy.store import index
 from proxy.store.eviction import Limits
+from proxy.upstream.breaker import State
 from tests.closures import SigningKey, StoreEntry
 from tests.faults import (
     Body,
@@ -51,12 +53,12 @@ from tests.faults import (
     Status,
 )
 from tests.folder_oracle import complete_paths
-from tests.inside import InsideProxy, Received
+from tests.inside import PATIENCE, InsideProxy, Received
 from tests.simulator import BinaryCacheSimulator
 
 T = TypeVar("T")
 
-EXAMPLES = int(os.environ.get("SOAKEXAMPLESXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("SOAK_EXAMPLES", "40"))
 
 pytestmark = pytest.mark.timeout(60 + 10 * EXAMPLES)
 
@@ -76,6 +78,13 @@ BOTH = StoreEntry.make("both-1.0", _noise("both", 60_000), compression="zstd")
 
 FIRST = (SMALL, LARGE, BOTH)
 SECOND = (SMALL, LARGE, BOTH.but(compression="xz"))
+SHORTER = (
+    (index, "COMMIT_INTERVAL", 0.005),
+    (patience, "LONGEST_PAUSE", 0.005),
+    (patience, "LONGEST_RETRY_AFTER", 0.005),
+)
+"""Seconds that would be spent waiting, for upstreams whose healing is up to us."""
+
 PATHS = sorted({entry.hash_part for entry in FIRST})
 
 ROOM = 450_000
@@ -169,6 +178,8 @@ class WholeCache(RuleBasedStateMachine):
         self.gates: list[tuple[str, Gate]] = []
         self.lying: set[tuple[int, str]] = set()
         self.down: set[int] = set()
+        self.failing: set[int] = set()
+        self.has_failed: set[int] = set()
         self.doubtful: set[str] = set()
         self.epoch = 0
         self.run(self._start())
@@ -178,8 +189,9 @@ class WholeCache(RuleBasedStateMachine):
         return self.runner.run(work)
 
     async def _start(self) -> None:
-        self.patch = mock.patch.object(index, "COMMIT_INTERVAL", 0.005)
-        self.patch.start()
+        self.patches = contextlib.ExitStack()
+        for module, name, seconds in SHORTER:
+            self.patches.enter_context(mock.patch.object(module, name, seconds))
         self.sims = [BinaryCacheSimulator(entries, key=KEY) for entries in (FIRST, SECOND)]
         for sim in self.sims:
             await sim.__aenter__()
@@ -206,7 +218,7 @@ class WholeCache(RuleBasedStateMachine):
             self.run(self._stop())
             complete_paths(self.folder, [KEY])
         finally:
-            self.patch.stop()
+            self.patches.close()
             self.runner.close()
             self.folders.cleanup()
 
@@ -332,7 +344,10 @@ class WholeCache(RuleBasedStateMachine):
             ask = Ask(path, task, check, self.epoch, self._evicted, due)
             self.asks.append(ask)
             held = [asyncio.ensure_future(gate.reached.wait()) for _, gate in self.gates]
-            await asyncio.wait({task, *held}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                {task, *held}, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED
+            )
+            assert done, "neither answered nor held up"
             for waiting in held:
                 await _cancelled(waiting)
             await asyncio.wait({task}, timeout=0.02)  # it may be held up, or not
@@ -345,7 +360,7 @@ class WholeCache(RuleBasedStateMachine):
         for _, gate in self.gates:
             gate.open()
         self.gates.clear()
-        await asyncio.wait_for(self._everything(), 20)
+        await asyncio.wait_for(self._everything(), PATIENCE)
         await self._judge_answered()
         assert not self.asks
 
@@ -372,6 +387,7 @@ class WholeCache(RuleBasedStateMachine):
         """An upstream refuses connections, and resets those it has."""
         self.epoch += 1
         self.down.add(which)
+        self.has_failed.add(which)
         self.run(_soon(self.sims[which].down))
 
     @rule(which=upstreams)
@@ -421,6 +437,7 @@ class WholeCache(RuleBasedStateMachine):
         """An upstream does all it should again."""
         self.epoch += 1
         self.lying = {(other, path) for other, path in self.lying if other != which}
+        self.failing.discard(which)
         sim = self.sims[which]
         sim.heal()
         sim.publish(*(FIRST, SECOND)[which])
@@ -428,6 +445,8 @@ class WholeCache(RuleBasedStateMachine):
     def _fault(self, which: int, path: str, target: str, fault: Fault) -> None:
         self.epoch += 1
         self.lying.add((which, path))
+        self.failing.add(which)
+        self.has_failed.add(which)
         self.sims[which].fault(target, fault)
 
     # --- the proxy
@@ -461,6 +480,7 @@ class WholeCache(RuleBasedStateMachine):
         self.proxy.clock.now = now
         self.run(self.proxy.start())
         self.doubtful.clear()
+        self.has_failed = self.failing | self.down
 
     # --- what is true of it all
 
@@ -470,14 +490,27 @@ class WholeCache(RuleBasedStateMachine):
         held = any(gate.arrivals for _, gate in self.gates)
         assert held or not self.asks
 
+    @invariant()
+    def nobody_is_left_alone_without_a_reason(self) -> None:
+        """An upstream that has done no worse than to be slow, or not to have a path, is asked."""
+        assert self._left_alone <= self.has_failed
+
+    @property
+    def _left_alone(self) -> set[int]:
+        """The upstreams whose breakers are not closed."""
+        breakers = (source.upstream.breaker for source in self.proxy.failover.sources)
+        return {
+            which for which, breaker in enumerate(breakers) if breaker.state is not State.CLOSED
+        }
+
     @property
     def _evicted(self) -> int:
         return len(self.proxy.observed(Evicted))
 
     async def _have_evicted_since(self, count: int) -> bool:
-        """Tell whether room was made meanwhile; the thread that does it may be about to say so."""
+        """Tell whether room was made meanwhile: the thread that does it says so before it answers."""
         if self._evicted == count:
-            await asyncio.sleep(0.05)
+            await asyncio.wrap_future(self.proxy.store.index.ask(lambda _database: None))
         return self._evicted > count
 
     def _entry(self, which: int, path: str) -> StoreEntry:
@@ -494,9 +527,10 @@ class WholeCache(RuleBasedStateMachine):
         return not any(liar == path for _, liar in self.lying)
 
     def _all_is_well(self, path: str) -> bool:
-        """Tell whether nothing excuses a refusal: all upstreams are there and say the truth."""
+        """Tell whether nothing excuses a refusal: all upstreams are there, asked, and say the truth."""
         idle = not self.proxy.cache.tasks
-        return idle and not self.down and self._is_honest(path) and path not in self.doubtful
+        asked = not self.down and not self._left_alone
+        return idle and asked and self._is_honest(path) and path not in self.doubtful
 
     def _has_variant(self, url: str) -> bool:
         """Tell whether the narinfo that counts, the first upstream's, leads to this file."""
@@ -543,8 +577,5 @@ TestWholeCache = WholeCache.TestCase
 TestWholeCache.settings = settings(
     max_examples=EXAMPLES,
     stateful_step_count=30,
-    deadline=None,
-    database=None,
-    derandomize="SOAK_EXAMPLES" not in os.environ,
     suppress_health_check=list(HealthCheck),
 )

@@ -233,7 +233,7 @@ def _halve(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(STEPS, max_size=15))
 def test_totals_are_always_right(steps: list[tuple[str, int, int]]) -> None:
     """Whatever is published, replaced, removed and lost: the totals are what is on the disk."""

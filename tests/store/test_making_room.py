@@ -139,7 +139,7 @@ NUMBERS = st.integers(0, 30)
     written=st.sets(NUMBERS, max_size=2),
     limit=st.integers(1_000_000, 3_000_000),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_what_is_pinned_or_in_use_stays(
     paths: dict[int, int], pinned: set[int], read: set[int], written: set[int], limit: int
 ) -> None:
