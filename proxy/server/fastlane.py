@@ -6,6 +6,7 @@ looked up and never interpreted: whatever is not the exact name of something hot
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from email.utils import formatdate
@@ -17,7 +18,7 @@ from proxy.answers import Content
 from proxy.errors import StoreError
 from proxy.events import HIT, FastlaneServed, Observer, Result
 from proxy.nix.nar_name import NarName
-from proxy.nix.store_path import HASH_PART_LENGTH, HashPart
+from proxy.nix.store_path import HASH_PART, HASH_PART_LENGTH, HashPart
 from proxy.recent import Recent
 from proxy.server.backend import Audience, Cache, HotNarinfo
 from proxy.server.headers import NAR_TYPE, error_headers, file_headers, narinfo_headers, tail
@@ -36,8 +37,9 @@ NAR_BYTES: Final = 32 * 2**20
 """Bytes of small NARs in memory, the ones asked for last. Out of memory one costs a third less than with
 sendfile(2) from a file that is kept open, and the disk cannot make anybody wait."""
 
-_NARINFO: Final = b".narinfo"
-_NARINFO_TARGET: Final = 1 + HASH_PART_LENGTH + len(_NARINFO)
+_NARINFO: Final = re.compile(rf"/{HASH_PART.pattern}\.narinfo".encode())
+"""No other text is taken for a hash part: it becomes the name of a file."""
+
 _NAR: Final = b"/nar/"
 
 
@@ -159,7 +161,7 @@ class FastLane:
         Args:
             target: The request target as it came, with its leading slash.
         """
-        if len(target) == _NARINFO_TARGET and target.endswith(_NARINFO) and target.isascii():
+        if _NARINFO.fullmatch(target):
             return _Narinfo(self, target[1:].decode("ascii"))
         if target.startswith(_NAR):
             return partial(self._nar, target)

@@ -940,10 +940,23 @@ def test_as_without_a_fast_lane(tmp_path: Path) -> None:
     """Whatever a client sends, and in whatever pieces, it gets what it gets without a fast lane."""
     with Runner(tmp_path) as runner:
 
-        @settings(max_examples=400, deadline=None)
+        @settings(max_examples=400)
         @given(conversations())
         def same(conversation: list[tuple[bytes, int]]) -> None:
             assert runner.heard(conversation, lane=True) == runner.heard(conversation, lane=False)
 
         same()
         assert through_the_lane(runner.proxy) > 100
+
+
+@pytest.mark.parametrize("start", ["../", "\0", "e"])
+def test_no_other_files_are_looked_for(tmp_path: Path, start: str) -> None:
+    """What only looks like the name of a narinfo is not made the name of a file, in the store or outside."""
+    name = f"{start:x<32}.narinfo"
+    outside = tmp_path / name.removeprefix("../").replace("\0", "_")
+    outside.write_text("not ours")
+    with Runner(tmp_path / "store") as runner:
+        conversation = [(plain(f"/{name}"), 0)]
+        assert runner.heard(conversation, lane=True) == runner.heard(conversation, lane=False)
+    assert outside.read_text() == "not ours"
+    assert not (tmp_path / "store" / ".state" / "quarantine" / outside.name).exists()
