@@ -27,7 +27,7 @@ test: $(DEVELOPMENT) ## run the tests; make test ARGS="-k narinfo"
 	$(BIN)/pytest -n auto $(ARGS)
 
 soak: $(DEVELOPMENT) ## all faults, and long random histories; make soak ARGS="--minutes 30"
-	SOAK_EXAMPLES=1000 $(BIN)/pytest -n 0 tests/test_whole_cache.py
+	SOAK_EXAMPLES=1000 $(BIN)/pytest -n auto -m hypothesis --hypothesis-profile random
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 check: $(DEVELOPMENT) ## lint, format, types, layers; changes nothing

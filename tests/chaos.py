@@ -2,9 +2,10 @@
 
 One cell of the matrix is a fault, the moment at which it strikes, and what it strikes: narinfos, NARs, or
 everything. In each cell the real daemon has an upstream with that fault, the real ``nix-store`` builds a
-closure through it, and help is there as users have it: a second upstream behind the proxy, or a second
-substituter in the client's own configuration. A cell fails when one complete answer had a wrong byte, or
-when the build did not come out as it should.
+closure through it, and help is there as users have it: a second upstream behind the proxy, a second
+substituter in the client's own configuration, or only that the fault ends after it has struck once. So every
+path has a healthy source, and no fault excuses a broken build. A cell fails when one complete answer had a
+wrong byte, or when the build did not come out as it should.
 
 ``python -m tests.chaos`` (`make soak`) goes through the cells in random order for some minutes and prints
 the table; `tests/test_chaos.py` shows a few of them.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import logging
 import random
 import socket
 import ssl
@@ -37,7 +39,7 @@ from tests.closures import SigningKey, StoreEntry, closure
 from tests.daemon import NO_LOOK_AHEAD, DaemonProcess
 from tests.faults import Fault
 from tests.nix_client import NixClient
-from tests.simulator import HOST, BinaryCacheSimulator, running
+from tests.simulator import HOST, BinaryCacheSimulator, Rule, running
 
 KEY = SigningKey("test-cache-1")
 
@@ -45,8 +47,11 @@ Moment: TypeAlias = Literal["before headers", "first byte", "middle", "last byte
 MOMENTS: tuple[Moment, ...] = ("before headers", "first byte", "middle", "last byte")
 
 What: TypeAlias = Literal["narinfo", "nar", "connection"]
-Help: TypeAlias = Literal["second upstream", "fallback substituter"]
-HELPS: tuple[Help, ...] = ("second upstream", "fallback substituter")
+Help: TypeAlias = Literal["second upstream", "fallback substituter", "the fault ends"]
+HELPS: tuple[Help, ...] = ("second upstream", "fallback substituter", "the fault ends")
+
+OTHERS = HELPS[:2]
+"""Help by somebody else than the faulty upstream."""
 
 PATHS = 4
 SIZES = (20_000, 2_000_000)
@@ -139,6 +144,15 @@ ANSWERS: Mapping[str, tuple[Sequence[Moment], Callable[[Moment, int], Fault]]] =
 }
 """Faults of an answer: at which moments they can strike, and how."""
 
+PASSING: Mapping[str, Sequence[Moment]] = {
+    **{fault: ANSWERS[fault][0] for fault in ("reset", "slow", "cut", "5xx")},
+    "stalled": ("middle", "last byte"),
+}
+"""Faults that one upstream alone survives, when they strike a NAR once: what broke off goes on there. Whoever
+has waited for nothing at all is not made to wait again, but goes elsewhere: hence the moments."""
+
+SILENT = ("stalled", "black hole")
+
 CONNECTIONS = ("refused", "black hole", "DNS failure", "TLS failure")
 
 
@@ -146,27 +160,32 @@ def matrix() -> list[Cell]:
     """Return all cells."""
     cells = [
         Cell(fault, moment, what, help_)
-        for help_ in HELPS
+        for help_ in OTHERS
         for what in ("narinfo", "nar")
         for fault, (moments, _) in ANSWERS.items()
         for moment in moments
     ]
     cells += [
+        Cell(fault, moment, "nar", "the fault ends")
+        for fault, moments in PASSING.items()
+        for moment in moments
+    ]
+    cells += [
         Cell("wrong path", "first byte", what, help_)
-        for help_ in HELPS
+        for help_ in OTHERS
         for what in ("narinfo", "nar")
     ]
     cells += [
         Cell(fault, "before headers", "connection", help_)
-        for help_ in HELPS
+        for help_ in OTHERS
         for fault in CONNECTIONS
     ]
     return cells
 
 
-def _strike(cell: Cell, sim: BinaryCacheSimulator, entries: Sequence[StoreEntry]) -> list[Fault]:
+def _strike(cell: Cell, sim: BinaryCacheSimulator, entries: Sequence[StoreEntry]) -> list[Rule]:
     """Let the fault happen to all answers of the kind that the cell names."""
-    struck: list[Fault] = []
+    rules: list[Rule] = []
     for entry, other in zip(entries, [*entries[1:], entries[0]], strict=True):
         path = entry.narinfo_path if cell.what == "narinfo" else entry.nar_path
         body, _ = sim.files[path]
@@ -175,9 +194,8 @@ def _strike(cell: Cell, sim: BinaryCacheSimulator, entries: Sequence[StoreEntry]
             fault: Fault = faults.Body(lie)
         else:
             fault = ANSWERS[cell.fault][1](cell.moment, len(body))
-        sim.fault(path, fault)
-        struck.append(fault)
-    return struck
+        rules.append(sim.fault(path, fault, times=None if cell.help in OTHERS else 1))
+    return rules
 
 
 # --- faults of a connection -------------------------------------------------------------------
@@ -360,7 +378,7 @@ def run(cell: Cell, folder: Path, *, seed: int = 0) -> Outcome:
         healthy = stack.enter_context(running(BinaryCacheSimulator(entries, key=KEY)))
         faulty = stack.enter_context(_faulty(cell, entries, folder))
         second = [healthy.url] if cell.help == "second upstream" else []
-        daemon = stack.enter_context(_daemon(folder / "proxy", [faulty.url, *second]))
+        daemon = stack.enter_context(_daemon(cell, folder / "proxy", faulty.url, *second))
         witness = Witness(daemon.url, entries, outcome)
         substituters = [stack.enter_context(witness.listening())]
         if cell.help == "fallback substituter":
@@ -377,24 +395,22 @@ def _faulty(cell: Cell, entries: Sequence[StoreEntry], folder: Path) -> Iterator
             yield _Upstream(url, came)
         return
     with running(BinaryCacheSimulator(entries, key=KEY)) as sim:
-        struck = _strike(cell, sim, entries)
-        targets = {
-            entry.narinfo_path if cell.what == "narinfo" else entry.nar_path for entry in entries
-        }
+        rules = _strike(cell, sim, entries)
         try:
-            yield _Upstream(sim.url, lambda: sim.count(lambda request: request.raw_path in targets))
+            yield _Upstream(sim.url, lambda: sum(rule.hits for rule in rules))
         finally:
-            for fault in struck:
+            for fault in (fault for rule in rules for fault in rule.faults):
                 if isinstance(fault, faults.Stall):
                     fault.open()
 
 
 @contextlib.contextmanager
-def _daemon(folder: Path, upstreams: Sequence[str]) -> Iterator[DaemonProcess]:
+def _daemon(cell: Cell, folder: Path, faulty: str, *others: str) -> Iterator[DaemonProcess]:
+    """Run the proxy; it has little patience where the fault is silence, to save the time of us all."""
     tables = [
-        f'[[upstream]]\nname = "up{number}"\nurl = "{url}"\n'
-        'connect_timeout = "500ms"\nread_timeout = "500ms"'
-        for number, url in enumerate(upstreams)
+        f'[[upstream]]\nname = "faulty"\nurl = "{faulty}"',
+        'connect_timeout = "500ms"\nread_timeout = "500ms"' if cell.fault in SILENT else "",
+        *(f'[[upstream]]\nname = "healthy"\nurl = "{url}"' for url in others),
     ]
     config = "\n".join(['[policy]\nlookup_budget = "4s"', *tables, NO_LOOK_AHEAD])
     with DaemonProcess(folder, keys=[KEY.public], config=config) as daemon:
@@ -434,6 +450,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="cells at the same time (default: 2)")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     options = parser.parse_args(arguments)
+    logging.getLogger(
+        "aiohttp.server"
+    ).disabled = True  # the simulators' complaints of who hangs up
     ends = time.monotonic() + options.minutes * 60
     cells = [cell for cell in matrix() if options.only in str(cell)]
     random.Random(options.seed).shuffle(cells)

@@ -30,6 +30,8 @@ CELLS = [
     Cell("wrong path", "first byte", "narinfo", "second upstream"),
     Cell("corrupted", "first byte", "nar", "fallback substituter"),
     Cell("stalled", "before headers", "nar", "fallback substituter"),
+    Cell("cut", "middle", "nar", "second upstream"),
+    Cell("cut", "middle", "nar", "the fault ends"),
 ]
 """Quick ones, of different kinds."""
 
@@ -47,7 +49,7 @@ def test_cell(cell: Cell, tmp_path: Path) -> None:
 
 
 def test_matrix_is_whole() -> None:
-    """Every fault is there with all its moments, in both set-ups, and each cell once."""
+    """Every fault is there with all its moments, with each kind of help, and each cell once."""
     cells = matrix()
 
     assert len(set(cells)) == len(cells) > 100
