@@ -102,7 +102,9 @@ def overhead(layout: Layout) -> int:
     """
     total = 0
     own = (layout.state, layout.partials, layout.pins, layout.quarantine)
-    upstreams = (layout.remembered / name for name in _folders(layout.remembered))
+    upstreams: list[Path] = []
+    with contextlib.suppress(OSError):  # whatever the disk refuses; it may be no folder any more
+        upstreams = [layout.remembered / name for name in _folders(layout.remembered)]
     for folder in {
         layout.root,
         layout.state,
@@ -114,7 +116,7 @@ def overhead(layout: Layout) -> int:
         with contextlib.suppress(OSError):
             total += disk_usage(folder.stat())
     for folder in own:
-        with contextlib.suppress(OSError):  # what goes meanwhile, and whatever the disk refuses
+        with contextlib.suppress(OSError):  # also what goes meanwhile
             for entry in _files(folder):
                 total += disk_usage(entry.stat(follow_symlinks=False))
     return total
