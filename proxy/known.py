@@ -44,7 +44,7 @@ class KnownPath:
     upstream: Upstream | None
     kept: bool = False
     was_from: str = ""
-    answer: bytes | None = None
+    answer: bytearray | None = None
     answered_in: float = -1.0
 
     @property

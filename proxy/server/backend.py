@@ -15,7 +15,7 @@ from proxy.server.page import Facts
 class HotNarinfo(Protocol):
     """A verified narinfo in memory: `proxy.known.KnownPath`."""
 
-    answer: bytes | None
+    answer: bytearray | None
     """For the server, to keep there what was made of it."""
 
     answered_in: float

@@ -16,7 +16,9 @@ sure goes to aiohttp, on the same connection and in order. What a piece was foun
 (`Server.requests`), which says nothing of the answer.
 
 Answers are written to the socket itself, past the transport. That is safe because the transport of an idle
-connection has nothing left to write; what the socket does not take at once is left to the transport.
+connection has nothing left to write; what the socket does not take at once is left to the transport. After
+a few of them in a row the socket is also read past the transport (`proxy.server.hot_connections`), until
+something else comes.
 
 This needs to look into aiohttp's `RequestHandler`. `missing_slots` tells when what it looks at is not there
 (any more); the fast lane then stays closed.
@@ -35,7 +37,8 @@ from aiohttp.streams import EMPTY_PAYLOAD
 
 from proxy.server.backend import Audience
 from proxy.server.body import STALL_TIMEOUT
-from proxy.server.fastlane import Answer, FastLane, Lookup
+from proxy.server.fastlane import FastLane, Lookup
+from proxy.server.hot_connections import HotConnections
 
 KEEPALIVE: Final = 120.0
 """Seconds that an idle connection is kept: longer than Nix keeps it (curl: 118 s), so that Nix never
@@ -56,6 +59,9 @@ LONGEST_REQUEST: Final = 512
 RECEIVED: Final = 2**16
 """Bytes that are received at once. asyncio would have memory for 256 KiB made each time, which malloc(3)
 gets from the kernel and gives back; that takes longer than a hot request."""
+
+REGULAR: Final = 4
+"""Hot requests in a row that make a connection a hot one: to and fro takes as long as a few of them gain."""
 
 _SLOTS: Final = (
     "_close",
@@ -116,10 +122,16 @@ class Server(web.Server):
         """Header blocks that the parser has accepted as those of plain GETs."""
         self.requests: dict[bytes, Lookup] = {}
         """What was asked for by requests that the lane has answered, byte for byte."""
+        self.hot = HotConnections(lane.begin if lane is not None else _nothing)
 
     def __call__(self) -> web.RequestHandler:
         """Make a connection; called by the event loop for each that is accepted."""
         return Connection(self, asyncio.get_running_loop())
+
+    async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109  # aiohttp's
+        """Close all connections."""
+        await super().shutdown(timeout)
+        self.hot.close()
 
 
 class Connection(web.RequestHandler):
@@ -133,6 +145,9 @@ class Connection(web.RequestHandler):
     __slots__ = (
         "_blocks",
         "_clean",
+        "_hot",
+        "_hot_requests",
+        "_is_hot",
         "_lane",
         "_prefetch",
         "_refuse",
@@ -140,6 +155,7 @@ class Connection(web.RequestHandler):
         "_socket",
         "_stalled",
         "client",
+        "fetches",
     )
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
@@ -155,9 +171,13 @@ class Connection(web.RequestHandler):
         self._requests = server.requests
         self._socket = -1
         self._clean = server.lane is not None
+        self._hot = server.hot
+        self._is_hot = False
+        self._hot_requests = 0
         self._prefetch = server.prefetch
         self._stalled: asyncio.TimerHandle | None = None
         self.client = ""
+        self.fetches = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note that a client has come."""
@@ -173,6 +193,7 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Note that a client may have left."""
+        self._hot.remove(self._socket)
         self._socket = -1  # its number will be another's
         super().connection_lost(exc)
         self._watch(None)
@@ -196,23 +217,74 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Answer at once what can be, and leave the rest to aiohttp."""
-        if not self._clean:
+        if self._lane is None or not self._clean:
             super().data_received(data)
             return
+        self._lane.begin()
+        if self.answer(data, self._loop.time()):
+            self._hot_requests += 1
+            if self._hot_requests == REGULAR:
+                self._become_hot()
+        else:
+            self.take_back(data)
+
+    def answer(self, data: bytes, now: float) -> bool:
+        """Answer a piece of data at once, if it is nothing but a hot request and nothing is under way.
+
+        Every line in here is one that all hot requests pay for.
+
+        Args:
+            data: What has come.
+            now: The time, by the event loop.
+
+        Returns:
+            Whether it is answered.
+        """
         waiter = self._waiter
         if (
-            waiter is not None
-            and not waiter.done()
-            and not self._messages
-            and not (self._paused or self._close or self._force_close)
+            waiter is None
+            or waiter.done()
+            or self._messages
+            or self._paused
+            or self._close
+            or self._force_close
         ):
-            look_up = self._requests.get(data) or self._read(data)
-            answer = None if look_up is None else look_up(self.client)
-            if answer is not None:
-                self._next_keepalive_close_time = self._loop.time() + KEEPALIVE
-                self._send(answer)
-                return
-        self._parse(data)
+            return False
+        look_up = self._requests.get(data) or self._read(data)
+        answer = None if look_up is None else look_up(self)
+        if answer is None:
+            return False
+        self._next_keepalive_close_time = now + KEEPALIVE
+        try:
+            sent = os.write(self._socket, answer)
+        except OSError:
+            sent = 0  # the transport will find the same, and knows what to do
+        if sent != len(answer) and self.transport is not None:
+            self.transport.write(bytes(answer[sent:]))
+        return True
+
+    def take_back(self, data: bytes) -> None:
+        """Let aiohttp have what came, and its transport read what comes next."""
+        self._hot_requests = 0
+        if self._is_hot:
+            self._is_hot = False
+            self._hot.remove(self._socket)
+            if self.transport is not None:
+                self.transport.resume_reading()
+        if data:
+            self._parse(data)
+
+    def fail(self) -> None:
+        """End the connection at once: there is a fault of ours."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _become_hot(self) -> None:
+        """Have the socket read past the transport from now on."""
+        if self._socket >= 0 and self.transport is not None and self.transport.is_reading():
+            self.transport.pause_reading()
+            self._hot.add(self._socket, self)
+            self._is_hot = True
 
     def handle_error(
         self,
@@ -237,21 +309,6 @@ class Connection(web.RequestHandler):
             self._requests[data] = look_up
         return look_up
 
-    def _send(self, answer: Answer) -> None:
-        """Send an answer in one system call, and what the socket does not take when it does."""
-        try:
-            if isinstance(answer, bytes):
-                sent = os.write(self._socket, answer)
-                whole = sent == len(answer)
-            else:
-                sent = os.writev(self._socket, answer)
-                whole = sent == len(answer[0]) + len(answer[1])
-        except OSError:
-            sent, whole = 0, False  # the transport will find the same, and knows what to do
-        if not whole and self.transport is not None:
-            rest = answer if isinstance(answer, bytes) else b"".join(answer)
-            self.transport.write(rest[sent:])
-
     def _parse(self, data: bytes) -> None:
         """Let aiohttp parse a piece, and see whether it was one request and no more."""
         queued = len(self._messages)
@@ -273,6 +330,10 @@ class Connection(web.RequestHandler):
 def client_of(peer: object) -> str:
     """Name a client by its address; those of a Unix socket are one."""
     return str(peer[0]) if isinstance(peer, tuple) else "unix"
+
+
+def _nothing() -> None:
+    """What a closed lane does."""
 
 
 def _plain_socket(transport: asyncio.BaseTransport) -> int:

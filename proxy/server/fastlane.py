@@ -2,33 +2,43 @@
 
 `proxy.server.connection` decides which requests may take it; this module knows the answers. A target is
 looked up and never interpreted: whatever is not the exact name of something hot is not hot.
+
+An answer is written once, and kept with what it is made of. Once a second its date is written anew, in place,
+and a note is made that it is used; what is left for each request is to look it up and to count it.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from email.utils import formatdate
-from functools import partial
 from http import HTTPStatus
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from proxy.answers import Content
 from proxy.errors import StoreError
 from proxy.events import HIT, FastlaneServed, Observer, Result
 from proxy.nix.nar_name import NarName
-from proxy.nix.store_path import HASH_PART, HASH_PART_LENGTH, HashPart
+from proxy.nix.store_path import HASH_PART, HashPart
 from proxy.recent import Recent
 from proxy.server.backend import Audience, Cache, HotNarinfo
 from proxy.server.headers import NAR_TYPE, error_headers, file_headers, narinfo_headers, tail
 from proxy.store.files import OpenFile
 
-Answer = bytes | tuple[bytes, bytes]
-"""A whole answer; a large one in two parts, since joining them would copy it."""
 
-Lookup = Callable[[str], Answer | None]
-"""Looks up what a request asked for, given who asks; None where this lane has no answer."""
+class Asker(Protocol):
+    """Who asks: `proxy.server.connection.Connection`."""
+
+    client: str
+    """The client's name."""
+
+    fetches: bool
+    """Whether the look-ahead has been told on this connection that its client asks for NARs."""
+
+
+Lookup = Callable[[Asker], bytearray | None]
+"""Looks up what a request asked for; None where this lane has no answer. What it returns is to be sent before
+anything else is looked up: the date in it is brought up to date in place."""
 
 SMALL_NAR: Final = 128 * 2**10
 """Bytes up to which a NAR is answered here: one write, and nothing left for the transport."""
@@ -37,22 +47,28 @@ NAR_BYTES: Final = 32 * 2**20
 """Bytes of small NARs in memory, the ones asked for last. Out of memory one costs a third less than with
 sendfile(2) from a file that is kept open, and the disk cannot make anybody wait."""
 
-_NARINFO: Final = re.compile(rf"/{HASH_PART.pattern}\.narinfo".encode())
-"""No other text is taken for a hash part: it becomes the name of a file."""
-
+_NARINFO: Final = b".narinfo"
 _NAR: Final = b"/nar/"
+_NO_DATE: Final = b"Thu, 01 Jan 1970 00:00:00 GMT"
 
 
-class _SmallNar:
-    """A small NAR of the store, in memory with the headers of its answer."""
+class _Status:
+    """What an answer begins with, up to the date."""
 
-    __slots__ = ("answer", "name", "size", "used")
+    __slots__ = ("_line", "date")
 
-    def __init__(self, name: NarName, headers: bytes, body: bytes) -> None:
-        self.name = name
-        self.size = len(body)
-        self.answer = headers + body
-        self.used = False
+    def __init__(self, line: bytes) -> None:
+        self._line = line + b"\r\nDate: "
+        self.date = slice(len(self._line), len(self._line) + len(_NO_DATE))
+        """Where the date goes."""
+
+    def answer(self, rest: bytes, body: bytes) -> bytearray:
+        """Write an answer: status, room for the date, other headers, body."""
+        return bytearray(b"%b%b\r\n%b%b" % (self._line, _NO_DATE, rest, body))
+
+
+_FOUND: Final = _Status(b"HTTP/1.1 200 OK")
+_NOT_FOUND: Final = _Status(b"HTTP/1.1 404 Not Found")
 
 
 class _Count:
@@ -68,62 +84,117 @@ class _Count:
         self.body_bytes = 0
 
 
-class _Narinfo:
-    """A narinfo that is asked for. What is said is written once a second, for as long as it is asked for."""
+class _SmallNar:
+    """A small NAR of the store, in memory as the answer to a request for it."""
 
-    __slots__ = ("_absence", "_absent", "_hash_part", "_lane", "_name", "_second")
+    __slots__ = ("answer", "answered_in", "name", "size", "used")
 
-    def __init__(self, lane: FastLane, name: str) -> None:
+    def __init__(self, name: NarName, answer: bytearray, size: int) -> None:
+        self.name = name
+        self.answer = answer
+        self.answered_in = -1.0
+        self.size = size
+        self.used = False
+
+
+class _NarRequest:
+    """A request for a NAR."""
+
+    __slots__ = ("_lane", "_target")
+
+    def __init__(self, lane: FastLane, target: bytes) -> None:
         self._lane = lane
-        self._name = name
-        self._hash_part = HashPart(name[:HASH_PART_LENGTH])
-        body = f"no upstream has {name}\n".encode()
-        self._absence = tail(error_headers(), len(body)) + body
-        self._absent = b""
-        self._second = -1.0
+        self._target = target
 
-    def __call__(self, client: str) -> bytes | None:
-        """Return the answer. Every call in here is one that all hits pay for."""
+    def answer(self, asker: Asker) -> bytearray | None:
+        """Return the answer. Every line in here is one that all hits pay for."""
         lane = self._lane
-        if not lane.second <= time.time() < lane.next_second:
-            lane.renew_dates()
-        known = lane.hot(self._hash_part)
+        nar = lane.nar(self._target)
+        if nar is None or not lane.open:
+            return None
+        if nar.answered_in != lane.second:
+            self._refresh(nar)
+        nar.used = True
+        if not asker.fetches:
+            asker.fetches = True
+            lane.prefetch.asked_nar(asker.client)
+        count = lane.nars
+        count.requests += 1
+        count.body_bytes += nar.size
+        return nar.answer
+
+    def _refresh(self, nar: _SmallNar) -> None:
+        """Write the date anew, and note that this NAR was used last: once a second, for as long as it is."""
+        lane = self._lane
+        nar.answer[_FOUND.date] = lane.date
+        nar.answered_in = lane.second
+        lane.touch_nar(self._target)
+
+
+class _NarinfoRequest:
+    """A request for a narinfo."""
+
+    __slots__ = ("_absence", "_absence_second", "_hash_part", "_lane", "_name")
+
+    def __init__(self, lane: FastLane, hash_part: HashPart) -> None:
+        self._lane = lane
+        self._name = f"{hash_part}.narinfo"
+        self._hash_part = hash_part
+        self._absence: bytearray | None = None
+        self._absence_second = -1.0
+
+    def answer(self, asker: Asker) -> bytearray | None:
+        """Return the answer. Every line in here is one that all hits pay for."""
+        lane = self._lane
+        known = lane.narinfo(self._hash_part)
         if known is None:
-            return self._answer_cold(client)
+            return self._answer_cold(asker)
         if not lane.open:
             return None
         if known.answered_in != lane.second:
-            self._write(known)
+            self._refresh(known)
         if not known.kept:
-            lane.prefetch.asked_path(client, self._hash_part)
+            lane.prefetch.asked_path(asker.client, self._hash_part)
         count = lane.narinfos
         count.requests += 1
         count.body_bytes += len(known.body)
         return known.answer
 
-    def _write(self, known: HotNarinfo) -> None:
+    def _refresh(self, known: HotNarinfo) -> None:
+        """Write the date anew, and note that the path is used: once a second, for as long as it is."""
         lane = self._lane
+        if known.answer is None:
+            rest = tail(narinfo_headers(HIT, known.origin), len(known.body))
+            known.answer = _FOUND.answer(rest, known.body)
+        known.answer[_FOUND.date] = lane.date
+        known.answered_in = lane.second
         lane.cache.touch_narinfo(self._hash_part)
         lane.used_path(self._hash_part)
-        about = tail(narinfo_headers(HIT, known.origin), len(known.body))
-        known.answer = lane.found + about + known.body
-        known.answered_in = lane.second
 
-    def _answer_cold(self, client: str) -> bytes | None:
+    def _answer_cold(self, asker: Asker) -> bytearray | None:
         """Answer what is not in memory: absent, or on the disk, which takes a small read."""
         lane = self._lane
-        expires = lane.cache.absent_until(self._name)
+        expires = lane.absent_until(self._name)
         if not lane.open:
             return None
-        if expires is None or lane.cache.clock() >= expires:
-            return self(client) if lane.cache.recall(self._hash_part) else None
-        if self._second != lane.second:
-            if not lane.cache.is_absent(self._name):
-                return None
-            self._absent = lane.not_found + self._absence
-            self._second = lane.second
+        if expires is None or lane.now >= expires:
+            return self.answer(asker) if lane.cache.recall(self._hash_part) else None
+        if self._absence_second != lane.second and not self._is_absent():
+            return None
         lane.absences.requests += 1
-        return self._absent
+        return self._absence
+
+    def _is_absent(self) -> bool:
+        """Look again whether nobody has it, once a second, and write the date anew."""
+        lane = self._lane
+        if not lane.cache.is_absent(self._name):
+            return False
+        if self._absence is None:
+            body = f"no upstream has {self._name}\n".encode()
+            self._absence = _NOT_FOUND.answer(tail(error_headers(), len(body)), body)
+        self._absence[_NOT_FOUND.date] = lane.date
+        self._absence_second = lane.second
+        return True
 
 
 class FastLane:
@@ -139,21 +210,38 @@ class FastLane:
 
     def __init__(self, cache: Cache, observer: Observer, prefetch: Audience) -> None:
         self.cache = cache
-        self.hot = cache.hot_narinfo
+        self.narinfo = cache.hot_narinfo
+        self.absent_until = cache.absent_until
         self.prefetch = prefetch
         self._observer = observer
         self._nars: Recent[bytes, _SmallNar] = Recent(NAR_BYTES, weigh=lambda nar: len(nar.answer))
+        self.nar = self._nars.peek
+        """Returns what is in memory of a NAR, by the target of requests; this counts as no use."""
         self.open = True
         """Whether anything is answered here; not while the daemon stops, since that has to be told."""
-        self.second = self.next_second = 0.0
-        """The second, by the clock on the wall, that the dates below are for."""
-        self.found = self.not_found = b""
-        """Status line and date."""
+        self.now = 0.0
+        """The time, by the cache's clock."""
+        self.second = self._next_second = 0.0
+        """The second, by the clock on the wall, that the date is for."""
+        self.date = _NO_DATE
+        """What time it is, for headers."""
         self.narinfos = _Count("narinfo", HTTPStatus.OK, HIT)
         self.absences = _Count("narinfo", HTTPStatus.NOT_FOUND, "")
         self.nars = _Count("nar", HTTPStatus.OK, HIT)
         self._removals = cache.removals
         self._used_paths: set[HashPart] = set()
+
+    def begin(self) -> None:
+        """Look at what does not change between requests that came together: clocks, and what was removed."""
+        now = time.time()
+        if not self.second <= now < self._next_second:  # another second, or the clock was set
+            self.second = float(int(now))
+            self._next_second = self.second + 1.0
+            self.date = formatdate(now, usegmt=True).encode()
+        self.now = self.cache.clock()
+        if self._removals != self.cache.removals:  # and one of those that are kept may be gone
+            self._removals = self.cache.removals
+            self.forget_nars()
 
     def lookup(self, target: bytes) -> Lookup | None:
         """Return what looks up a target, now and whenever it is asked for, or None if this lane cannot.
@@ -161,10 +249,12 @@ class FastLane:
         Args:
             target: The request target as it came, with its leading slash.
         """
-        if _NARINFO.fullmatch(target):
-            return _Narinfo(self, target[1:].decode("ascii"))
+        if target.endswith(_NARINFO):
+            hash_part = target[1 : -len(_NARINFO)].decode("latin-1")
+            if HASH_PART.fullmatch(hash_part):  # it becomes the name of a file
+                return _NarinfoRequest(self, HashPart(hash_part)).answer
         if target.startswith(_NAR):
-            return partial(self._nar, target)
+            return _NarRequest(self, target).answer
         return None
 
     def keep(self, target: str, name: NarName, content: Content) -> None:
@@ -177,8 +267,13 @@ class FastLane:
         except StoreError:
             return  # whoever serves it finds out
         if len(body) == file.size:
-            headers = tail(file_headers(NAR_TYPE, content.etag, HIT, content.upstream), file.size)
-            self._nars.put(target.encode("latin-1", "replace"), _SmallNar(name, headers, body))
+            rest = tail(file_headers(NAR_TYPE, content.etag, HIT, content.upstream), file.size)
+            nar = _SmallNar(name, _FOUND.answer(rest, body), file.size)
+            self._nars.put(target.encode("latin-1", "replace"), nar)
+
+    def touch_nar(self, target: bytes) -> None:
+        """Note that a NAR in memory is used."""
+        self._nars.get(target)
 
     def used_path(self, hash_part: HashPart) -> None:
         """Note that somebody was given a narinfo, here or in the other lane."""
@@ -210,28 +305,3 @@ class FastLane:
         """Tell the rest, and forget everything."""
         self.flush()
         self.forget_nars()
-
-    def _nar(self, target: bytes, client: str) -> Answer | None:
-        if self._removals != self.cache.removals:  # and one of those that are kept may be gone
-            self._removals = self.cache.removals
-            self.forget_nars()
-        nar = self._nars.get(target)
-        if nar is None or not self.open:
-            return None
-        if not self.second <= time.time() < self.next_second:
-            self.renew_dates()
-        nar.used = True
-        self.prefetch.asked_nar(client)
-        count = self.nars
-        count.requests += 1
-        count.body_bytes += nar.size
-        return self.found, nar.answer
-
-    def renew_dates(self) -> None:
-        """Write the date anew: it is another second, or the clock was set."""
-        now = time.time()
-        self.second = float(int(now))
-        self.next_second = self.second + 1.0
-        date = f"Date: {formatdate(now, usegmt=True)}\r\n".encode()
-        self.found = b"HTTP/1.1 200 OK\r\n" + date
-        self.not_found = b"HTTP/1.1 404 Not Found\r\n" + date

@@ -76,7 +76,7 @@ class HeldNarinfo:
     origin: str
     kept: bool
     size: int | None
-    answer: bytes | None = None
+    answer: bytearray | None = None
     answered_in: float = -1.0
 
 

@@ -134,6 +134,11 @@ class Piecewise:
             if self.open and piece:
                 self.protocol.data_received(piece)
 
+    def send(self, data: bytes) -> None:
+        """Send data, to be read from the socket by whoever reads it now."""
+        with contextlib.suppress(ConnectionError):
+            self._ours.send(data)
+
     async def ask(self, *pieces: bytes) -> bytes:
         """Let pieces arrive, and return what has come back when all is done."""
         self.feed(*pieces)

@@ -24,6 +24,7 @@ from proxy.server.connection import (
     LONGEST_REQUEST,
     MOST_BLOCKS,
     MOST_REQUESTS,
+    REGULAR,
 )
 from proxy.server.connection import Server as Connections
 from proxy.server.listening import listening
@@ -422,32 +423,42 @@ async def test_a_socket_that_takes_a_part(
 ) -> None:
     """Wherever a socket stops taking an answer, in the headers or behind, the rest follows in order."""
     (right,) = await slowly(proxy, [plain(target)])
-    real = os.writev
-
-    def writev(fd: int, parts: Sequence[bytes]) -> int:
-        if not taken:
-            error = errno.EAGAIN if taken == 0 else errno.EBADF
-            raise OSError(error, os.strerror(error))
-        return real(fd, [b"".join(parts)[:taken]])
+    real = os.write
+    refused = 0
 
     async with taught(proxy) as server, Piecewise(server) as client:
+
+        def write(fd: int, data: bytes) -> int:
+            nonlocal refused
+            if fd != client.protocol._socket:
+                return real(fd, data)
+            refused += 1
+            if not taken:
+                error = errno.EAGAIN if taken == 0 else errno.EBADF
+                raise OSError(error, os.strerror(error))
+            return real(fd, data[:taken])
+
         before = through_the_lane(proxy)
-        monkeypatch.setattr(os, "writev", writev)
-        for _ in range(3):
+        monkeypatch.setattr(os, "write", write)
+        for _ in range(REGULAR + 2):
             assert answers(await client.ask(plain(target))) == [right]
-        assert through_the_lane(proxy) == before + 3
+        assert through_the_lane(proxy) == before + refused == before + REGULAR + 2
 
 
 async def test_a_connection_that_breaks(
     proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that is gone when it is answered is dropped, and that is no fault."""
-
-    def writev(fd: int, parts: Sequence[bytes]) -> int:
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+    real = os.write
 
     async with taught(proxy) as server, Piecewise(server) as client:
-        monkeypatch.setattr(os, "writev", writev)
+
+        def write(fd: int, data: bytes) -> int:
+            if fd == client.protocol._socket:
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+            return real(fd, data)
+
+        monkeypatch.setattr(os, "write", write)
         client._ours.shutdown(socket.SHUT_RDWR)
         client.feed(INSIDE)
         await turns(3)
@@ -614,6 +625,169 @@ async def test_a_client_that_reads_nearly_all(
         assert not client.open
         assert client.transport.get_write_buffer_size() == 0
         assert len(server.connections) == 0
+
+
+# --- connections that are read past their transport -------------------------------------------
+
+
+async def become_hot(client: Piecewise) -> None:
+    """Ask for hot things until the connection is known for it."""
+    for _ in range(1 + REGULAR):
+        client.send(plain(NARINFO))
+        await client.settled()
+    assert codes(client.received()) == [200] * (1 + REGULAR)
+
+
+@pytest.mark.parametrize("target", HOT)
+async def test_a_hot_connection(proxy: InsideProxy, target: str) -> None:
+    """A few hot requests in a row make a connection hot; it gets the same bytes, and all are counted."""
+    (right,) = await slowly(proxy, [plain(target)])
+    async with taught(proxy) as server, Piecewise(server) as client:
+        await become_hot(client)
+        assert (len(server.hot), client.transport.is_reading()) == (1, False)
+        before = through_the_lane(proxy)
+        for number in range(1, 11):
+            client.send(plain(target))
+            await client.settled()
+            assert answers(client.received()) == [right]
+            assert through_the_lane(proxy) == before + number
+        assert len(server.hot) == 1
+
+
+@pytest.mark.parametrize("target", ["/healthz", LARGE_NAR, UNASKED.narinfo_path, "/nix-cache-info"])
+async def test_a_hot_connection_for_something_else(proxy: InsideProxy, target: str) -> None:
+    """What cannot be answered at once, aiohttp answers in its turn; then the connection is hot again."""
+    async with taught(proxy) as server, Piecewise(server) as client:
+        await become_hot(client)
+        client.send(plain(target))
+        await turns(2)
+        assert (len(server.hot), client.transport.is_reading()) == (0, True)
+        client.send(INSIDE)
+        await client.settled()
+        found = answers(client.received())
+        assert [answer.code for answer in found] == [200, 200]
+        assert found[1].body.startswith(b"StorePath: ")
+        for _ in range(REGULAR):
+            client.send(INSIDE)
+            await client.settled()
+        assert codes(client.received()) == [200] * REGULAR
+        assert len(server.hot) == 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 20])
+async def test_several_at_once_on_a_hot_connection(proxy: InsideProxy, count: int) -> None:
+    """Requests that arrive together on a hot connection are answered in order."""
+    targets = [HOT[number % len(HOT)] for number in range(count)]
+    alone = {target: (await slowly(proxy, [plain(target)]))[0] for target in HOT}
+    async with taught(proxy) as server, Piecewise(server) as client:
+        await become_hot(client)
+        client.send(b"".join(map(plain, targets)))
+        await client.settled()
+        assert answers(client.received()) == [alone[target] for target in targets]
+
+
+async def test_a_hot_connection_that_ends(proxy: InsideProxy) -> None:
+    """A hot connection whose client leaves, or that is cut, is watched no longer."""
+    async with taught(proxy) as server:
+        async with Piecewise(server) as left, Piecewise(server) as cut, Piecewise(server) as stays:
+            for client in (left, cut, stays):
+                await become_hot(client)
+            assert len(server.hot) == 3
+            left._ours.shutdown(socket.SHUT_WR)
+            cut.transport.abort()
+            await turns(5)
+            assert (left.open, cut.open, len(server.hot)) == (False, False, 1)
+            stays.send(INSIDE)
+            await stays.settled()
+            assert codes(stays.received()) == [200]
+        assert len(server.hot) == 0
+    assert not proxy.observed(Fault)
+
+
+async def test_the_last_words_of_a_hot_connection(proxy: InsideProxy) -> None:
+    """A client that asks once more and sends nothing after that is answered."""
+    async with taught(proxy) as server, Piecewise(server) as client:
+        await become_hot(client)
+        client.send(INSIDE)
+        client._ours.shutdown(socket.SHUT_WR)
+        await client.settled()
+        assert codes(client.received()) == [200]
+        assert not client.open
+
+
+async def test_a_hot_connection_is_idle(
+    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hot connection lasts until it is idle for `KEEPALIVE`, and no longer."""
+    clock = LoopClock(monkeypatch)
+    async with taught(proxy) as server, Piecewise(server) as client:
+        await become_hot(client)
+        for _ in range(3):
+            await clock.forward(0.9 * KEEPALIVE)
+            client.send(INSIDE)
+            await client.settled()
+            assert codes(client.received()) == [200]
+        await clock.forward(0.6 * KEEPALIVE)
+        assert client.open
+        await clock.forward(0.6 * KEEPALIVE)
+        assert (client.open, len(server.hot)) == (False, 0)
+
+
+async def test_a_hot_connection_while_the_proxy_stops(proxy: InsideProxy) -> None:
+    """While the proxy stops, a hot connection is told not to be used again, like every other."""
+    serving = listening(proxy.server, [("127.0.0.1", 0)], shutdown_timeout=1, linger=0.5)
+    (address,) = await serving.__aenter__()
+    async with Wire(f"http://{address}") as wire:
+        for _ in range(2 + REGULAR):
+            assert "connection" not in (await wire.ask(NARINFO)).headers
+        stopping = asyncio.create_task(serving.__aexit__(None, None, None))
+        await until(lambda: proxy.server.draining)
+        answer = await wire.ask(NARINFO)
+        assert answer.complete
+        assert answer.headers.get("connection") == "close"
+        assert await wire.rest() == b""
+        await stopping
+
+
+async def test_a_hot_client_that_does_not_read(proxy: InsideProxy) -> None:
+    """What a hot client does not read stops the fast lane, and is sent in order when it reads again."""
+    async with taught(proxy) as server, Piecewise(server, send_buffer=4_096) as client:
+        await become_hot(client)
+        asked = 0
+        while not client.protocol._paused:
+            client.send(plain(NAR))
+            await turns(2)
+            asked += 1
+            assert asked < 200
+        for _ in range(5):
+            client.send(plain(NAR))
+            await turns(2)
+        await client.settled()
+        found = answers(client.received())
+        assert [answer.body for answer in found] == [bytes(SMALL.file)] * (asked + 5)
+
+
+async def test_a_fault_of_ours(proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault ends the connection on which it happens, is reported, and disturbs no other one."""
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _loop, context: reported.append(context["exception"])
+    )
+    async with taught(proxy) as server, Piecewise(server) as bad, Piecewise(server) as good:
+        await become_hot(bad)
+        await become_hot(good)
+        fault = ZeroDivisionError()
+
+        def look_up(asker: object) -> bytearray:
+            assert asker is bad.protocol
+            raise fault
+
+        monkeypatch.setitem(server.requests, plain(NAR), look_up)
+        bad.send(plain(NAR))
+        good.send(INSIDE)
+        await good.settled()
+        assert codes(good.received()) == [200]
+        assert (bad.open, good.open, reported) == (False, True, [fault])
 
 
 # --- requests that never take it --------------------------------------------------------------
@@ -924,6 +1098,10 @@ class Runner:
         """Return what a client gets."""
         return self._runner.run(self._heard(conversation, lane=lane))
 
+    def heard_when_hot(self, conversation: list[tuple[bytes, int]], *, lane: bool) -> list[Answer]:
+        """Return what a client gets that has asked for hot things before, from its socket on."""
+        return self._runner.run(self._heard_when_hot(conversation, lane=lane))
+
     async def _heard(self, conversation: list[tuple[bytes, int]], *, lane: bool) -> list[Answer]:
         server = connections(self.proxy.server, lane=lane)
         async with Piecewise(server) as teacher:
@@ -934,6 +1112,36 @@ class Runner:
                 await turns(pause)
             await client.settled()
             return answers(client.received())
+
+    async def _heard_when_hot(
+        self, conversation: list[tuple[bytes, int]], *, lane: bool
+    ) -> list[Answer]:
+        server = connections(self.proxy.server, lane=lane)
+        async with Piecewise(server) as client:
+            await become_hot(client)
+            assert len(server.hot) == lane
+            for piece, pause in conversation:
+                client.send(piece)
+                await turns(max(pause, 4))  # or it would arrive with the next one
+            await client.settled()
+            found = answers(client.received())
+        await server.shutdown(1)
+        return found
+
+
+def test_hot_as_without_a_fast_lane(tmp_path: Path) -> None:
+    """So it does on a connection that is read past its transport."""
+    with Runner(tmp_path) as runner:
+
+        @settings(max_examples=200, deadline=None)
+        @given(conversations())
+        def same(conversation: list[tuple[bytes, int]]) -> None:
+            with_it, without = (
+                runner.heard_when_hot(conversation, lane=lane) for lane in (True, False)
+            )
+            assert with_it == without
+
+        same()
 
 
 def test_as_without_a_fast_lane(tmp_path: Path) -> None:

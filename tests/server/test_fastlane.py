@@ -254,6 +254,19 @@ async def test_not_quite_hot(proxy: InsideProxy, target: str) -> None:
             assert (await lane.ask(target))[0] == right
 
 
+@pytest.mark.parametrize("name", ["../" + "o" * 29, "\0" + "0" * 31, "nar/../" + "0" * 25])
+async def test_names_of_files_elsewhere(proxy: InsideProxy, name: str) -> None:
+    """No target leads to a file that is not a narinfo of the store; such a file is not touched."""
+    elsewhere = proxy.folder.parent / f"{'o' * 29}.narinfo"
+    elsewhere.write_text("not a narinfo\n")
+    right = await the_long_way(proxy, f"/{name}.narinfo")
+    assert right.code in (400, 404)
+    async with Lane(proxy) as lane:
+        assert await lane.ask(f"/{name}.narinfo") == (right, False)
+    assert elsewhere.read_text() == "not a narinfo\n"
+    assert not proxy.observed(Fault)
+
+
 # --- the date ---------------------------------------------------------------------------------
 
 
