@@ -10,7 +10,7 @@ from proxy.known import KnownPath
 
 
 class File(Protocol):
-    """A file to be read at any position: `proxy.store.files.OpenFile`, `proxy.fetch.Reader`."""
+    """A file to be read at any position: `proxy.store.files.OpenFile`, `proxy.reader.Reader`."""
 
     @property
     def fd(self) -> int:

@@ -24,18 +24,20 @@ from proxy.answers import Content, Text
 from proxy.errors import NotFoundError
 from proxy.events import COALESCED, HIT, MISS, PREFETCHED, Observer, Result
 from proxy.failover import Failover
-from proxy.fetch import Fetch, OpenSupply, Reader
+from proxy.fetch import Fetch, OpenSupply
 from proxy.known import KnownPath, KnownPaths
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
+from proxy.reader import Reader
 from proxy.store.files import OpenFile
 from proxy.store.folder import Store
 from proxy.supplier import Supplier
 from proxy.tasks import Tasks
 from proxy.upstream.slots import urgent_when
 
-WORKERS = min(8, (os.cpu_count() or 1) + 1)
-"""Threads that write and verify; they release the interpreter for nearly all of their work."""
+WORKERS = min(8, max(2, len(os.sched_getaffinity(0))))
+"""Threads that write and verify; they release the interpreter for nearly all of their work. More of them than
+cores cost a tenth more, because they take each other's caches; a single one would wait for the disk."""
 
 
 class Cache:

@@ -22,7 +22,8 @@ Rules:
     │  ├─ WrongPathError       the narinfo is for another store path
     │  ├─ HashMismatchError    FileHash or NarHash differ
     │  ├─ SizeMismatchError    FileSize or NarSize differ
-    │  ├─ DecodeError          the compressed stream is damaged, truncated or needs too much memory
+    │  ├─ DecodeError          the compressed stream is damaged or truncated
+    │  │  └─ DecodeMemoryError    … or needs too much memory
     │  └─ UnverifiableError    nothing here can check it
     ├─ UpstreamError           we do not know
     │  ├─ UpstreamUnavailableError   refused, reset, DNS, TLS
@@ -136,6 +137,10 @@ class DecodeError(TrustError):
     """The compressed stream is damaged, truncated, or asks for too much memory."""
 
     kind = "encoding"
+
+
+class DecodeMemoryError(DecodeError):
+    """The compressed stream asks for more memory than it may have."""
 
 
 class UnverifiableError(TrustError):

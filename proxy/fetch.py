@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 
 from proxy.errors import (
@@ -27,7 +28,8 @@ from proxy.errors import (
     UpstreamUnavailableError,
 )
 from proxy.events import FetchEnded, FetchStarted, Observer, Rejected
-from proxy.store.incoming import Cursor, Incoming, Leftover
+from proxy.reader import Reader
+from proxy.store.incoming import Incoming, Leftover
 from proxy.store.leftovers import MIN_SIZE
 from proxy.supply import Supply, Verifier, read_ahead
 
@@ -41,6 +43,9 @@ it instead."""
 
 PIECE = 2**20
 """Bytes that are read at once of what was left of a download."""
+
+IN_TURN = ThreadPoolExecutor(2, thread_name_prefix="verify-in-turn")
+"""Verify what needs up to 128 MiB each, once it is here: so no slow upstream keeps the others waiting."""
 
 LAG = 5.0
 """Seconds that readers wait for a slower one, where memory is all there is; then it is left behind."""
@@ -83,6 +88,7 @@ class Fetch:
         self._taken = self._judged = 0
         self._verified = False
         self._published = False
+        self._given_up = False
         self._changed = asyncio.Event()
         self._moved = asyncio.Event()
         self._closed = asyncio.Event()
@@ -254,7 +260,9 @@ class Fetch:
                     await self._room()
         if self.size is not None and self._incoming.size != self.size:
             raise SizeMismatchError(f"{self._incoming.size} bytes arrived instead of {self.size}")
-        if not finished:
+        if verifier.put_off:
+            await self._work(self._reread, verifier, executor=IN_TURN)
+        elif not finished:
             await self._work(verifier.finish)
 
     async def _begin(self, supply: Supply) -> Verifier:
@@ -286,7 +294,10 @@ class Fetch:
         """
         self._incoming.append(data)
         verifier.feed(data)
-        if last:
+        if verifier.put_off and not self._incoming.keeps:  # now or never
+            before = self._incoming.pieces(PIECE, self._incoming.size - len(data))
+            verifier.reread(itertools.chain(before, (data,)))
+        if last and not verifier.put_off:
             verifier.finish()
 
     def _release(self) -> None:
@@ -299,6 +310,12 @@ class Fetch:
         """Return how many of the first ``count`` bytes are released before the verdict."""
         end = count if self.size is None else self.size
         return 0 if end <= WHOLE else max(0, min(count, end) - HELD_BACK)
+
+    def _reread(self, verifier: Verifier) -> None:
+        """Verify what was put off, from its beginning. On a thread of `IN_TURN`."""
+        pieces = self._incoming.pieces(PIECE, self._incoming.size)
+        verifier.reread(itertools.takewhile(lambda _: not self._given_up, pieces))
+        verifier.finish()
 
     async def _room(self) -> None:
         """Wait for the readers, where memory is all there is.
@@ -317,12 +334,15 @@ class Fetch:
                 if self._incoming.is_awaited(self.released):
                     self._incoming.leave_behind()
 
-    async def _work(self, step: Callable[..., None], *args: object) -> None:
+    async def _work(
+        self, step: Callable[..., None], *args: object, executor: Executor | None = None
+    ) -> None:
         """Do a step on a worker thread; nothing is closed under its hands, even on cancellation."""
-        job = self._loop.run_in_executor(self._executor, step, *args)
+        job = self._loop.run_in_executor(executor or self._executor, step, *args)
         try:
             await asyncio.shield(job)
         except asyncio.CancelledError:
+            self._given_up = True
             await asyncio.gather(job, return_exceptions=True)
             raise
 
@@ -343,57 +363,6 @@ class Fetch:
         if self.error is not None:
             raise self.error
         await self._changed.wait()
-
-
-class Reader:
-    """One reader of a file that arrives: a descriptor of its own, for positional reads.
-
-    Whoever has it closes it.
-
-    Attributes:
-        fetch: What it reads.
-    """
-
-    __slots__ = ("_cursor", "fetch")
-
-    def __init__(self, fetch: Fetch, cursor: Cursor) -> None:
-        self.fetch = fetch
-        self._cursor = cursor
-
-    @property
-    def fd(self) -> int:
-        """The descriptor for what `wait_beyond` has returned last."""
-        return self._cursor.fd
-
-    @property
-    def size(self) -> int | None:
-        """Bytes of the whole file; None until somebody says."""
-        return self.fetch.size
-
-    async def wait_beyond(self, position: int) -> int:
-        """Wait until bytes behind ``position`` may be read: `Fetch.wait_beyond`. `fd` is then for them.
-
-        Raises:
-            ProxyError: The fetch failed.
-            StoreError: The disk does not take the file, and this reader was too slow.
-        """
-        self._cursor.position = position
-        self.fetch.moved()
-        end = await self.fetch.wait_beyond(position)
-        return self._cursor.advance(position, end) if end > position else end
-
-    async def size_known(self) -> int:
-        """Wait until the size is known: `Fetch.size_known`.
-
-        Raises:
-            ProxyError: The fetch failed.
-        """
-        return await self.fetch.size_known()
-
-    def close(self) -> None:
-        """Close the descriptor; safe to repeat."""
-        self._cursor.close()
-        self.fetch.moved()
 
 
 OpenSupply = Callable[[Fetch], AbstractAsyncContextManager[Supply]]

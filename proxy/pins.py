@@ -15,11 +15,11 @@ from typing import Protocol, TypeVar
 
 from proxy.cache import Cache
 from proxy.errors import CommandError, NotFoundError, ProxyError, StoreError
-from proxy.fetch import Reader
 from proxy.nix import narinfo
 from proxy.nix.nar_name import NarName
 from proxy.nix.narinfo import NarInfo
 from proxy.nix.store_path import HashPart, StorePath
+from proxy.reader import Reader
 from proxy.sizes import readable
 from proxy.store.database import Database
 from proxy.store.eviction import Limits, most_to_pin

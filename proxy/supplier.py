@@ -201,6 +201,7 @@ class Supplier:
                 nar_size=info.nar_size,
                 file_hash=info.file_hash,
                 file_size=info.file_size,
+                again=True,
             )
             if not made.decoded:
                 self._observer(NotDecoded(str(name), info.compression))

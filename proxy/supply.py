@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,8 +24,14 @@ class Body(Protocol):
 class Verifier(Protocol):
     """What judges the bytes: `proxy.nix.nar.NarVerifier`."""
 
+    put_off: bool
+    """Whether it needs so much memory that it can only judge by `reread`, when its turn comes."""
+
     def feed(self, data: bytes) -> None:
         """Take the next bytes; raise `TrustError` as soon as they cannot be right."""
+
+    def reread(self, pieces: Iterable[bytes]) -> None:
+        """Take all of the bytes once more; raise `TrustError`."""
 
     def finish(self) -> None:
         """Judge the whole; raise `TrustError`."""
@@ -34,7 +40,12 @@ class Verifier(Protocol):
 class Unverified:
     """Judges nothing: for bytes that are passed on and not kept."""
 
+    put_off = False
+
     def feed(self, data: bytes) -> None:
+        """Take any bytes."""
+
+    def reread(self, pieces: Iterable[bytes]) -> None:
         """Take any bytes."""
 
     def finish(self) -> None:

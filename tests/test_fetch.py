@@ -7,7 +7,7 @@ import itertools
 import os
 import random
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from pathlib import Path
@@ -108,7 +108,7 @@ class Nowhere(AbstractAsyncContextManager[Supply]):
         """Nothing is open."""
 
 
-class ThoughtfulVerifier:
+class ThoughtfulVerifier(Unverified):
     """Finds everything right, as soon as it is allowed to: the thread waits as one that computes.
 
     Attributes:
@@ -121,7 +121,7 @@ class ThoughtfulVerifier:
         self.answer = threading.Event()
         self._in_feed = in_feed
 
-    def feed(self, _data: bytes) -> None:
+    def feed(self, data: bytes) -> None:
         """Take the next bytes."""
         if self._in_feed:
             self._think()
@@ -133,6 +133,29 @@ class ThoughtfulVerifier:
     def _think(self) -> None:
         self.asked.set()
         assert self.answer.wait(PATIENCE)
+
+
+class DemandingVerifier(Unverified):
+    """Needs so much memory that it is put off.
+
+    Attributes:
+        at_work: Released when it has its turn.
+        answer: Lets it end.
+        seen: What it has read again.
+    """
+
+    put_off = True
+
+    def __init__(self, at_work: threading.Semaphore, answer: threading.Event) -> None:
+        self.at_work = at_work
+        self.answer = answer
+        self.seen = b""
+
+    def reread(self, pieces: Iterable[bytes]) -> None:
+        """Take all of it."""
+        self.at_work.release()
+        assert self.answer.wait(PATIENCE)
+        self.seen = b"".join(pieces)
 
 
 class BrokenVerifier(Unverified):
@@ -273,6 +296,48 @@ async def test_the_last_piece_waits_for_the_verdict(bench: Bench, *, announced: 
     await task
     assert fetch.released == len(LARGE)
     assert await read(fetch) == (LARGE, None)
+    fetch.close()
+
+
+async def test_what_needs_much_memory_takes_turns(bench: Bench) -> None:
+    """All of it is here, and released but the end, before two at a time are judged; none is forgotten."""
+    at_work, answer = threading.Semaphore(0), threading.Event()
+    verifiers = [DemandingVerifier(at_work, answer) for _ in range(5)]
+    fetches = [
+        bench.fetch(ScriptedBody(*halves(LARGE), size=len(LARGE)), verifier=each)
+        for each in verifiers
+    ]
+    tasks = [asyncio.create_task(fetch.run()) for fetch in fetches]
+    for fetch in fetches:
+        await fetch.wait_beyond(len(LARGE) - HELD_BACK - 1)
+    for _ in range(2):
+        assert await asyncio.to_thread(at_work.acquire, timeout=PATIENCE)
+    other = bench.fetch(ScriptedBody(SMALL), verifier=verifier_of(SMALL))
+    await other.run()
+    assert await read(other) == (SMALL, None), "others are not held up"
+    assert not at_work.acquire(blocking=False), "a third one has begun"
+    answer.set()
+    await asyncio.gather(*tasks)
+    for fetch, verifier in zip(fetches, verifiers, strict=True):
+        assert verifier.seen == LARGE
+        assert await read(fetch) == (LARGE, None)
+        fetch.close()
+    other.close()
+
+
+async def test_what_waits_for_its_turn_can_be_given_up(bench: Bench) -> None:
+    """At the end of the daemon nobody waits for long: what is being read again stops."""
+    at_work, answer = threading.Semaphore(0), threading.Event()
+    verifier = DemandingVerifier(at_work, answer)
+    fetch = bench.fetch(ScriptedBody(LARGE, size=len(LARGE)), verifier=verifier)
+    task = asyncio.create_task(fetch.run())
+    assert await asyncio.to_thread(at_work.acquire, timeout=PATIENCE)
+    task.cancel()
+    await asyncio.sleep(0)
+    answer.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert verifier.seen == b""
     fetch.close()
 
 

@@ -43,6 +43,7 @@ ERRORS: list[ProxyError] = [
     errors.HashMismatchError("h"),
     errors.SizeMismatchError("i"),
     errors.DecodeError("j"),
+    errors.DecodeMemoryError("j"),
     errors.UnverifiableError("k"),
     errors.UpstreamError("up0", "l"),
     errors.UpstreamUnavailableError("up0", "m"),

@@ -4,7 +4,7 @@ Rules:
 
 - a piece given to the sink has at most `PIECE_SIZE` bytes, however much a bomb expands to, so a
   sink that counts can stop it; what the sink raises passes through unchanged;
-- a stream that asks for more memory than an honest compressor's highest level needs is damaged;
+- a stream that asks for a larger window than it may have is refused before anything is allocated;
 - formats that may be concatenated are: zstd frames, gzip members, xz and bzip2 streams, lz4 frames
   (Nix ≥ 2.35 writes zstd NARs as frames of 16 MiB);
 - what follows the end and is not another stream, and an end that is missing, is damage. An empty
@@ -26,7 +26,7 @@ import brotli
 import lz4.frame
 import zstandard
 
-from proxy.errors import DecodeError, UnverifiableError
+from proxy.errors import DecodeError, DecodeMemoryError, UnverifiableError
 
 Sink = Callable[[bytes], object]
 """Takes the content, piece by piece."""
@@ -37,11 +37,15 @@ Data = bytes | memoryview
 PIECE_SIZE: Final = 256 * 1024
 """Bytes given to the sink at once, at most: two zstd blocks, and it fits a core's L2 cache."""
 
-ZSTD_MAX_WINDOW: Final = 1 << 27
-"""128 MiB: what ``zstd --long`` uses, and what its decoder accepts without being told to."""
+MODEST_WINDOW: Final = 16 << 20
+"""Bytes of what came before that a stream may refer to by default: as much as ``zstd -19``, ``xz -7`` and the
+frames of Nix ≥ 2.35 need. HTTP allows 8 MiB (RFC 9659)."""
 
-LZMA_MEMORY_LIMIT: Final = 128 << 20
-"""``xz -9`` needs 65 MiB to decode."""
+LARGEST_WINDOW: Final = 128 << 20
+"""What ``zstd --long`` uses, and what its decoder accepts without being told to; ``xz -9`` needs half."""
+
+_LZMA_EXTRA: Final = 1 << 20
+"""What a decoder of lzma takes besides its window, and more."""
 
 # The standard library's decompressors copy what they do not consume, and a stream may be 14 bytes
 # long: small inputs keep the copying of a thousand concatenated streams from becoming quadratic.
@@ -55,7 +59,8 @@ class Decoder(Protocol):
         """Take the next piece of the stream.
 
         Raises:
-            DecodeError: If the stream is damaged or needs too much memory.
+            DecodeError: If the stream is damaged.
+            DecodeMemoryError: If it needs a larger window than it may have.
         """
 
     def finish(self) -> None:
@@ -66,12 +71,13 @@ class Decoder(Protocol):
         """
 
 
-def decoder(compression: str, sink: Sink) -> Decoder:
+def decoder(compression: str, sink: Sink, window: int = MODEST_WINDOW) -> Decoder:
     """Make a decoder.
 
     Args:
         compression: As narinfos and ``Content-Encoding`` name it; one of `READABLE`.
         sink: Called with each piece of the content, in order.
+        window: Bytes of what came before that the stream may refer to, where the format lets it choose.
 
     Raises:
         UnverifiableError: If nothing here reads that compression.
@@ -79,13 +85,13 @@ def decoder(compression: str, sink: Sink) -> Decoder:
     make = _DECODERS.get(compression)
     if make is None:
         raise UnverifiableError(f"nothing here reads the compression {compression[:20]!r}")
-    return make(sink)
+    return make(sink, window)
 
 
 class _Identity:
     """No compression: only cuts the stream into pieces."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, _window: int) -> None:
         self._sink = sink
 
     def feed(self, data: Data) -> None:
@@ -114,10 +120,10 @@ class _Zstd:
     _PROBE = (bytes.fromhex("28b5"), bytes.fromhex("2ffd 20 01 090000 21"))
     _PROBE_CONTENT = b"!"
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, window: int) -> None:
         self._started = False
         self._target = _WriteTarget(sink)
-        self._writer = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW).stream_writer(
+        self._writer = zstandard.ZstdDecompressor(max_window_size=window).stream_writer(
             self._target,  # type: ignore[arg-type]  # typed as a file; calls nothing but write
             write_size=PIECE_SIZE,
             closefd=False,
@@ -130,7 +136,7 @@ class _Zstd:
         try:
             self._writer.write(data)
         except zstandard.ZstdError as error:
-            raise DecodeError(f"zstd: {error}") from error
+            raise _refusal("zstd", error) from error
 
     def finish(self) -> None:
         answer: list[bytes] = []
@@ -183,7 +189,7 @@ class _Streams:
 
     Args:
         name: The format, for error messages.
-        start: Makes the decompressor of one stream.
+        start: Makes the decompressor of one stream that may have a window of so many bytes.
         several: Whether another stream may follow.
         padding: Null bytes may stand between streams in groups of this many; 0 forbids them.
     """
@@ -191,19 +197,20 @@ class _Streams:
     def __init__(
         self,
         sink: Sink,
+        window: int,
         *,
         name: str,
-        start: Callable[[], _Stream],
+        start: Callable[[int], _Stream],
         several: bool = True,
         padding: int = 0,
     ) -> None:
         self._sink = sink
         self._name = name
-        self._start = start
+        self._start = partial(start, window)
         self._several = several
         self._padding = padding
         self._padded = 0
-        self._stream: _Stream | None = start()  # None between streams
+        self._stream: _Stream | None = self._start()  # None between streams
 
     def feed(self, data: Data) -> None:
         view = memoryview(data)
@@ -223,7 +230,7 @@ class _Streams:
             try:
                 piece = stream.decompress(data, PIECE_SIZE)
             except _DAMAGE as error:
-                raise DecodeError(f"{self._name}: {error}") from error
+                raise _refusal(self._name, error) from error
             if piece:
                 self._sink(piece)
             if stream.eof:
@@ -347,27 +354,45 @@ _DAMAGE: Final = (
 )
 """What the libraries raise about a stream; caught around their calls only."""
 
-_DECODERS: Final[dict[str, Callable[[Sink], Decoder]]] = {
+_MEMORY: Final = ("too much memory", "Memory usage limit")
+"""What libzstd and liblzma say, and nothing else does, of a window that is too large."""
+
+
+def _refusal(name: str, error: Exception) -> DecodeError:
+    """Make an error of what a library says about a stream."""
+    wants_memory = any(words in str(error) for words in _MEMORY)
+    return (DecodeMemoryError if wants_memory else DecodeError)(f"{name}: {error}")
+
+
+def _xz(window: int) -> _Stream:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, window + _LZMA_EXTRA)
+
+
+def _lzma(window: int) -> _Stream:
+    return lzma.LZMADecompressor(lzma.FORMAT_ALONE, window + _LZMA_EXTRA)
+
+
+_DECODERS: Final[dict[str, Callable[[Sink, int], Decoder]]] = {
     "none": _Identity,
     "identity": _Identity,
     "zstd": _Zstd,
     "xz": partial(
         _Streams,
         name="xz",
-        start=partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, LZMA_MEMORY_LIMIT),
+        start=_xz,
         padding=4,
     ),
     "lzma": partial(
         _Streams,
         name="lzma",
-        start=partial(lzma.LZMADecompressor, lzma.FORMAT_ALONE, LZMA_MEMORY_LIMIT),
+        start=_lzma,
         several=False,
     ),
-    "bzip2": partial(_Streams, name="bzip2", start=bz2.BZ2Decompressor),
-    "gzip": partial(_Streams, name="gzip", start=partial(_Zlib, 16 + zlib.MAX_WBITS)),
-    "deflate": partial(_Streams, name="deflate", start=_Deflate, several=False),
-    "br": partial(_Streams, name="br", start=_Brotli, several=False),
-    "lz4": partial(_Streams, name="lz4", start=lz4.frame.LZ4FrameDecompressor),
+    "bzip2": partial(_Streams, name="bzip2", start=lambda _: bz2.BZ2Decompressor()),
+    "gzip": partial(_Streams, name="gzip", start=lambda _: _Zlib(16 + zlib.MAX_WBITS)),
+    "deflate": partial(_Streams, name="deflate", start=lambda _: _Deflate(), several=False),
+    "br": partial(_Streams, name="br", start=lambda _: _Brotli(), several=False),
+    "lz4": partial(_Streams, name="lz4", start=lambda _: lz4.frame.LZ4FrameDecompressor()),
 }
 
 READABLE: Final = frozenset(_DECODERS)

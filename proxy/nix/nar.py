@@ -4,15 +4,25 @@ Two streams are checked at once: the file as it is served, against FileHash and 
 nobody's promise (unsigned) but catch damage early; and the NAR inside it, against NarHash and
 NarSize, which a trusted key signed. Nothing is kept, so memory does not grow with the NAR.
 
+A stream may refer to what came up to 128 MiB before, and a decoder has to keep that. Few do, but a single
+upstream could make all of its NARs so; hence whoever verifies many at once, and can read a file again, has
+those judged one after the other, when they are there.
+
 Meant to run on a worker thread: hashing and decompressing release the GIL.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
-from proxy.errors import HashMismatchError, SizeMismatchError, UnverifiableError
-from proxy.nix.decoders import READABLE, decoder
+from proxy.errors import (
+    DecodeMemoryError,
+    HashMismatchError,
+    SizeMismatchError,
+    UnverifiableError,
+)
+from proxy.nix.decoders import LARGEST_WINDOW, MODEST_WINDOW, READABLE, Decoder, decoder
 from proxy.nix.hashes import Hash
 
 
@@ -25,8 +35,10 @@ class NarVerifier:
         nar_size: Bytes of the NAR before compression; None if only its hash is known.
         file_hash: Of the file as served; None if the narinfo does not tell.
         file_size: Bytes of the file as served; None if the narinfo does not tell.
+        again: Whether the file can be read again; then one that needs much memory is put off.
 
     Attributes:
+        put_off: Whether the NAR can only be judged by `reread`.
         decoded: Whether the NAR itself is checked. False for a compression that no library here
             reads: then FileHash has to vouch for it.
 
@@ -42,7 +54,9 @@ class NarVerifier:
         nar_size: int | None,
         file_hash: Hash | None = None,
         file_size: int | None = None,
+        again: bool = False,
     ) -> None:
+        self.put_off = False
         self.decoded = compression in READABLE
         if not self.decoded and file_hash is None:
             raise UnverifiableError(f"nothing here reads {compression}, and there is no FileHash")
@@ -50,7 +64,12 @@ class NarVerifier:
             file_hash = None  # The file is the NAR: once is enough.
         self._file = _Tally("File", file_hash, file_size)
         self._nar = _Tally("Nar", nar_hash, nar_size)
-        self._decoder = decoder(compression, self._nar.add) if self.decoded else None
+        self._compression = compression
+        self._again = again
+        self._decoder: Decoder | None = None
+        if self.decoded:
+            window = MODEST_WINDOW if again else LARGEST_WINDOW
+            self._decoder = decoder(compression, self._nar.add, window)
 
     def feed(self, data: bytes | memoryview) -> None:
         """Take the next piece of the file.
@@ -61,7 +80,26 @@ class NarVerifier:
         """
         self._file.add(data)
         if self._decoder is not None:
-            self._decoder.feed(data)
+            try:
+                self._decoder.feed(data)
+            except DecodeMemoryError:
+                if not self._again:
+                    raise
+                self.put_off = True
+                self._decoder = None
+
+    def reread(self, pieces: Iterable[bytes]) -> None:
+        """Take the whole file once more, for a NAR that was put off.
+
+        Raises:
+            SizeMismatchError: At the first byte of the NAR more than promised.
+            DecodeError: If the compressed stream is damaged or needs too much memory.
+        """
+        self._nar = self._nar.afresh()
+        self._decoder = decoder(self._compression, self._nar.add, LARGEST_WINDOW)
+        for piece in pieces:
+            self._decoder.feed(piece)
+        self.put_off = False
 
     def finish(self) -> None:
         """Say that the file is over; returning means that it is the promised one.
@@ -71,6 +109,8 @@ class NarVerifier:
             DecodeError: If the compressed stream is truncated.
             HashMismatchError: If the file or the NAR is another one.
         """
+        if self.put_off:
+            raise DecodeMemoryError("the NAR has been put off, and is not judged yet")
         self._file.check()
         if self._decoder is not None:
             self._decoder.finish()
@@ -89,6 +129,9 @@ class _Tally:
         self._digest = (
             hashlib.new(expected.algorithm, usedforsecurity=False) if expected is not None else None
         )
+
+    def afresh(self) -> _Tally:
+        return _Tally(self._what, self._expected, self._size)
 
     def add(self, data: bytes | memoryview) -> None:
         self._seen += len(data)

@@ -55,6 +55,7 @@ STATUSES: Mapping[type[ProxyError], int] = {
     errors.HashMismatchError: NOT_HERE,
     errors.SizeMismatchError: NOT_HERE,
     errors.DecodeError: NOT_HERE,
+    errors.DecodeMemoryError: NOT_HERE,
     errors.UnverifiableError: NOT_HERE,
     errors.UpstreamError: NOT_HERE,
     errors.UpstreamUnavailableError: NOT_HERE,

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,6 +104,11 @@ class Incoming:
     def kept(self) -> Partial | None:
         """The partial file, if all that has arrived is in it."""
         return self._partial if self._start is not None else None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the disk takes what arrives, as far as is known."""
+        return self._start is not None
 
     @property
     def begin(self) -> int:
@@ -221,6 +226,19 @@ class Incoming:
                 pieces.append(os.pread(cursor.fd, end - position, position))
                 position = end
         return b"".join(pieces)
+
+    def pieces(self, size: int, stop: int) -> Iterator[bytes]:
+        """Yield once more what came before ``stop``, in pieces of ``size`` bytes.
+
+        Raises:
+            StoreError: The disk failed, or has not taken all of it.
+        """
+        position = 0
+        while piece := self.read_back(position, min(size, stop - position)):
+            yield piece
+            position += len(piece)
+        if position < stop:
+            raise StoreError("the disk has not taken all of it")
 
     def leave_behind(self) -> None:
         """Forget the older half of what is in memory, and with it the readers that are still there."""

@@ -20,8 +20,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.errors import DecodeError, UnverifiableError
-from proxy.nix.decoders import LZMA_MEMORY_LIMIT, PIECE_SIZE, READABLE, decoder
+from proxy.errors import DecodeError, DecodeMemoryError, UnverifiableError
+from proxy.nix.decoders import LARGEST_WINDOW, MODEST_WINDOW, PIECE_SIZE, READABLE, decoder
 from proxy.nix.nar_name import EXTENSIONS
 from tests.nix.strategies import contents, cuts, pieces
 
@@ -55,10 +55,10 @@ def deflate_nakedly(content: bytes) -> bytes:
     return compressor.compress(content) + compressor.flush()
 
 
-def decode(compression: str, stream: Iterable[bytes]) -> bytes:
+def decode(compression: str, stream: Iterable[bytes], window: int = MODEST_WINDOW) -> bytes:
     """Decode all of a stream that comes in pieces."""
     content = bytearray()
-    decoding = decoder(compression, content.extend)
+    decoding = decoder(compression, content.extend, window)
     for piece in stream:
         decoding.feed(piece)
     decoding.finish()
@@ -254,37 +254,45 @@ def test_skippable_frames(compression: str) -> None:
 
 
 def test_zstd_window_is_limited() -> None:
-    """A frame that wants a window of 128 MiB is read, one that wants 256 MiB is not."""
+    """A frame that wants a window of 16 MiB is read; one of up to 128 MiB only where that is allowed."""
 
     def frame(window_log: int) -> bytes:
         descriptor = bytes([(window_log - 10) << 3])
         return bytes.fromhex("28b52ffd 00") + descriptor + bytes.fromhex("090000") + b"!"
 
-    assert decode("zstd", [frame(27)]) == b"!"
-    with pytest.raises(DecodeError, match="memory"):
-        decode("zstd", [frame(28)])
+    assert decode("zstd", [frame(24)]) == b"!"
+    with pytest.raises(DecodeMemoryError):
+        decode("zstd", [frame(25)])
+    with pytest.raises(DecodeMemoryError):
+        decode("zstd", [frame(24), frame(25)])
+    assert decode("zstd", [frame(27)], LARGEST_WINDOW) == b"!"
+    with pytest.raises(DecodeMemoryError):
+        decode("zstd", [frame(28)], LARGEST_WINDOW)
 
 
 def test_lzma_memory_is_limited() -> None:
     """A stream that wants a dictionary of 4 GiB is refused before anything is allocated."""
     stream = bytearray(lzma.compress(TEXT, lzma.FORMAT_ALONE))
     stream[1:5] = (2**32 - 1).to_bytes(4, "little")
-    with pytest.raises(DecodeError, match="Memory usage limit"):
-        decode("lzma", [bytes(stream)])
+    with pytest.raises(DecodeMemoryError):
+        decode("lzma", [bytes(stream)], LARGEST_WINDOW)
 
 
 def test_xz_memory_is_limited() -> None:
-    """The same for xz; and what its highest level makes is read."""
-    assert decode("xz", [lzma.compress(TEXT, preset=9 | lzma.PRESET_EXTREME)]) == TEXT
+    """The same for xz; level 7 needs no more than is usual, and what the highest makes is read, too."""
+    assert decode("xz", [lzma.compress(TEXT, preset=7)]) == TEXT
+    highest = lzma.compress(TEXT, preset=9 | lzma.PRESET_EXTREME)
+    with pytest.raises(DecodeMemoryError):
+        decode("xz", [highest])
+    assert decode("xz", [highest], LARGEST_WINDOW) == TEXT
     stream = bytearray(lzma.compress(TEXT))
     header = slice(12, 12 + 4 * stream[12])
     dictionary = header.start + 4  # size, flags, filter, size of its properties
     assert stream[dictionary - 2] == lzma.FILTER_LZMA2
     stream[dictionary] = 40
     stream[header.stop : header.stop + 4] = zlib.crc32(stream[header]).to_bytes(4, "little")
-    with pytest.raises(DecodeError, match="Memory usage limit"):
-        decode("xz", [bytes(stream)])
-    assert LZMA_MEMORY_LIMIT < 2**32
+    with pytest.raises(DecodeMemoryError):
+        decode("xz", [bytes(stream)], LARGEST_WINDOW)
 
 
 BOMB_SIZE = 128 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import (
     DecodeError,
+    DecodeMemoryError,
     HashMismatchError,
     SizeMismatchError,
     TrustError,
@@ -188,6 +190,43 @@ def test_a_bomb_stops_at_nar_size(compression: str) -> None:
     verifier = NarVerifier(compression=compression, nar_hash=sha256(b""), nar_size=BOMB_SIZE // 8)
     with pytest.raises(SizeMismatchError, match="NarSize"):
         verifier.feed(stream[: len(stream) // 2])
+
+
+DEMANDING = lzma.compress(NAR, preset=9)
+"""NAR, so that reading it takes 65 MiB."""
+
+
+@given(data=st.data())
+def test_what_needs_much_memory_is_put_off(data: st.DataObject) -> None:
+    """Where the file can be read again, it is judged by that, however it comes; and never before."""
+    file: dict[str, Any] = {"file_hash": sha256(DEMANDING), "file_size": len(DEMANDING)}
+    verifier = promise("xz", **file, again=True)
+    for piece in data.draw(cuts(DEMANDING)):
+        verifier.feed(piece)
+    assert verifier.put_off
+    with pytest.raises(DecodeMemoryError):
+        verifier.finish()
+    verifier.reread(data.draw(cuts(DEMANDING)))
+    verifier.finish()
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_each_lie_is_found_in_what_was_put_off(lie: str) -> None:
+    """What is judged later is judged as strictly, with the same errors."""
+    changes, error = LIES[lie]
+    truth: dict[str, Any] = {"file_hash": sha256(DEMANDING), "file_size": len(DEMANDING)}
+    with pytest.raises(error):  # noqa: PT012  # when it is found does not matter
+        verifier = promise("xz", **(truth | changes), again=True)
+        verifier.feed(DEMANDING)
+        verifier.reread([DEMANDING])
+        verifier.finish()
+
+
+def test_what_cannot_be_read_again_is_judged_at_once() -> None:
+    """Then it gets the memory that it needs, up to 128 MiB."""
+    verifier = promise("xz", file_hash=None, file_size=None)
+    run(verifier, [DEMANDING])
+    assert not verifier.put_off
 
 
 @pytest.mark.parametrize("compression", UNREADABLE)
