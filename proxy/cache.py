@@ -108,7 +108,9 @@ class Cache:
         await asyncio.to_thread(self._workers.shutdown)
 
     def recall(self, hash_part: HashPart) -> bool:
-        """Take a narinfo that is known here into memory; tell whether it is there now."""
+        """Take a narinfo that is known here into memory, without the disk; tell whether it is there now."""
+        if not self._store.has_at_hand(hash_part):
+            return False
         return self._known.get(hash_part) is not None and self.hot_narinfo(hash_part) is not None
 
     def touch_narinfo(self, hash_part: HashPart) -> None:
@@ -204,6 +206,8 @@ class Cache:
         return await self._narinfo(hash_part)
 
     async def _narinfo(self, hash_part: HashPart) -> Text:
+        if self._known.hot(hash_part) is None:
+            await self._store.bring_in_narinfo(hash_part)
         known = self._known.get(hash_part)
         if known is not None:
             return Text(known, HIT)

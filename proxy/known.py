@@ -20,14 +20,17 @@ from proxy.recent import Recent
 from proxy.store.folder import Store
 from proxy.upstream.remote import Upstream
 
-HOT_BYTES = 32 * 2**20
+HOT_BYTES = 40 * 2**20
 """Bytes of verified narinfos in memory, parsed and rendered: some 8,000 of them."""
 
 NAMES = 100_000
 """Names of paths that are remembered from References, of about 150 bytes each."""
 
-PARSED = 4
-"""Times that a narinfo takes its own size: as text, as fields, as values, as an answer."""
+OBJECTS = 400
+"""Bytes that every narinfo takes in memory."""
+
+PARSED = 8
+"""Times that it takes its own size besides: as text, as fields, as values, as an answer."""
 
 
 @dataclass(slots=True)
@@ -95,7 +98,7 @@ class KnownPaths:
         """How often something damaged was taken out of the store."""
         self._names: Recent[HashPart, str] = Recent(NAMES)
         self._hot: Recent[HashPart, KnownPath] = Recent(
-            HOT_BYTES, weigh=lambda known: PARSED * len(known.body)
+            HOT_BYTES, weigh=lambda known: OBJECTS + PARSED * len(known.body)
         )
         self.hot = self._hot.peek
         """Returns what is known of a path without looking at the disk; this counts as no use."""

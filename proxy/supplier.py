@@ -236,7 +236,7 @@ class Supplier:
             file = self._if_readable(name, self._store.open_nar)
             if file is not None:
                 with closed_on_failure(file):
-                    file.check(self._known.kept_size(name))
+                    await file.check(self._known.kept_size(name))
         except DamagedError as error:
             await self.take_out(name, str(error))
             return None

@@ -58,7 +58,7 @@ class Cache(Protocol):
         """Returns a path's narinfo if it is in memory; this counts as no use."""
 
     def recall(self, hash_part: HashPart) -> bool:
-        """Take a narinfo that is known here into memory; tell whether it is there now."""
+        """Take a narinfo that is known here into memory, without the disk; tell whether it is there now."""
 
     def touch_narinfo(self, hash_part: HashPart) -> None:
         """Note that a narinfo in memory is used."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from proxy.errors import DamagedError, StoreError
+from proxy.store.pages import bring_in_beginning
 
 _DAMAGE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
 """What the kernel says of what cannot be read any more: bad blocks, inconsistency, a wrong checksum."""
@@ -105,7 +106,7 @@ class OpenFile:
             _claim(fd)
             return cls(fd, os.fstat(fd).st_size)
 
-    def check(self, size: int | None) -> None:
+    async def check(self, size: int | None) -> None:
         """See that the file is as long as it should be, and that its beginning can be read.
 
         Args:
@@ -113,10 +114,12 @@ class OpenFile:
 
         Raises:
             DamagedError: It is not, or cannot.
+            StoreError: The disk does not answer.
         """
         if self.size != size and (size is not None or self.size == 0):
             wanted = "some" if size is None else size
             raise DamagedError(f"the file has {self.size} bytes instead of {wanted}")
+        await bring_in_beginning(self.fd)
         with reading("cannot read the file"):
             os.pread(self.fd, 1, 0)
 

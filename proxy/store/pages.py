@@ -22,7 +22,17 @@ DEADLINE: Final = 60.0
 """Seconds after which a disk that has not answered is given up."""
 
 _PIECE: Final = 2**18
-_READERS: Final = ThreadPoolExecutor(4, thread_name_prefix="read-ahead")
+_READERS: Final = ThreadPoolExecutor(8, thread_name_prefix="read-ahead")
+
+
+async def bring_in_beginning(fd: int) -> None:
+    """Have the first page of a file in memory: of a small file, all that there is.
+
+    Raises:
+        StoreError: The disk does not answer.
+    """
+    if not are_in_memory(fd, 0, 1):
+        await bring_in(fd, 0, 1, ahead=0)
 
 
 def are_in_memory(fd: int, start: int, stop: int) -> bool:
@@ -39,8 +49,8 @@ def are_in_memory(fd: int, start: int, stop: int) -> bool:
     return True
 
 
-async def bring_in(fd: int, start: int, stop: int) -> None:
-    """Have a part of a file read into memory by a thread, and more of it by the kernel.
+async def bring_in(fd: int, start: int, stop: int, *, ahead: int = AHEAD) -> None:
+    """Have a part of a file read into memory by a thread, and ``ahead`` bytes of it by the kernel.
 
     Raises:
         StoreError: The disk does not answer. Whoever reads what is there finds out what else is wrong.
@@ -49,7 +59,7 @@ async def bring_in(fd: int, start: int, stop: int) -> None:
         own = os.dup(fd)  # whoever waits may leave, and close the other
     except OSError:
         return
-    work = asyncio.get_running_loop().run_in_executor(_READERS, _read, own, start, stop)
+    work = asyncio.get_running_loop().run_in_executor(_READERS, _read, own, start, stop, ahead)
     try:
         async with asyncio.timeout(DEADLINE):
             await asyncio.shield(work)
@@ -57,9 +67,10 @@ async def bring_in(fd: int, start: int, stop: int) -> None:
         raise StoreError(f"the disk has not answered for {DEADLINE:.0f} seconds") from None
 
 
-def _read(fd: int, start: int, stop: int) -> None:
+def _read(fd: int, start: int, stop: int, ahead: int) -> None:
     try:
-        os.posix_fadvise(fd, start, AHEAD, os.POSIX_FADV_WILLNEED)
+        if ahead:
+            os.posix_fadvise(fd, start, ahead, os.POSIX_FADV_WILLNEED)
         while start < stop:
             count = len(os.pread(fd, min(_PIECE, stop - start), start))
             if not count:

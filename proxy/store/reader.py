@@ -2,15 +2,17 @@
 
 Any number of processes may have one, beside the one daemon that has the `proxy.store.folder.Store`. Reads
 are plain calls: a narinfo is a small file in the page cache, and reading it costs less than handing it to
-a thread.
+a thread. One that is not in memory is brought there first, by a thread.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
+from proxy.store import pages
 from proxy.store.files import OpenFile, reading
 from proxy.store.layout import Layout
 from proxy.store.provenance import origin_of
@@ -38,6 +40,30 @@ class StoreReader:
         """Return the name of the upstream that a path is from; empty when nobody knows."""
         return origin_of(self.layout.narinfo(hash_part))
 
+    def has_at_hand(self, hash_part: HashPart) -> bool:
+        """Tell whether a narinfo can be read, or is not there, without waiting for what is in it."""
+        fd = _opened(self.layout.narinfo(hash_part))
+        if fd is None:
+            return True
+        try:
+            return pages.are_in_memory(fd, 0, 1)
+        finally:
+            os.close(fd)
+
+    async def bring_in_narinfo(self, hash_part: HashPart) -> None:
+        """Have a narinfo, if there is one, in memory for `narinfo`.
+
+        Raises:
+            StoreError: The disk does not answer.
+        """
+        fd = _opened(self.layout.narinfo(hash_part))
+        if fd is None:
+            return
+        try:
+            await pages.bring_in_beginning(fd)
+        finally:
+            os.close(fd)
+
     def has_narinfo(self, hash_part: HashPart) -> bool:
         """Tell whether a path is here whole: its NAR, and the narinfo that is published after it."""
         return self.layout.narinfo(hash_part).exists()
@@ -64,6 +90,14 @@ class StoreReader:
 
     def _open(self, path: Path) -> OpenFile | None:
         return OpenFile.at(path)
+
+
+def _opened(path: Path) -> int | None:
+    """Open a file that may be there; `read` finds out what is wrong with it."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def read(path: Path) -> bytes | None:

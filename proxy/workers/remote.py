@@ -154,7 +154,9 @@ class RemoteCache:
         self._ahead.put(name, True)  # noqa: FBT003  # only the key counts
 
     def recall(self, hash_part: HashPart) -> bool:
-        """Take a narinfo of the store into memory; tell whether it is there now."""
+        """Take a narinfo of the store into memory, without the disk; tell whether it is there now."""
+        if not self._store.has_at_hand(hash_part):
+            return False
         return self._held(hash_part) is not None and self.hot_narinfo(hash_part) is not None
 
     def touch_narinfo(self, hash_part: HashPart) -> None:
@@ -199,6 +201,8 @@ class RemoteCache:
             NotFoundError: No upstream has the path.
             UpstreamError: Nobody has it, as far as could be found out.
         """
+        if self.hot_narinfo(hash_part) is None:
+            await self._store.bring_in_narinfo(hash_part)
         held = self._held(hash_part)
         if held is not None:
             return HeldText(held, HIT)
@@ -224,7 +228,7 @@ class RemoteCache:
         Raises:
             ProxyError: As there.
         """
-        return self._stored_nar(name) or await self._arriving("nar", str(name))
+        return await self._stored_nar(name) or await self._arriving("nar", str(name))
 
     async def nar_head(self, name: NarName) -> Content:
         """Return what `nar` would, without fetching it: `proxy.cache.Cache.nar_head`.
@@ -232,7 +236,7 @@ class RemoteCache:
         Raises:
             ProxyError: As there.
         """
-        return self._stored_nar(name) or await self._announced("nar", str(name))
+        return await self._stored_nar(name) or await self._announced("nar", str(name))
 
     async def foreign_nar(self, reference: str) -> Content:
         """Pass on a NAR by a URL that is not ours: `proxy.cache.Cache.foreign_nar`.
@@ -298,7 +302,7 @@ class RemoteCache:
         self._hot.put(hash_part, held)
         return held
 
-    def _stored_nar(self, name: NarName) -> Content | None:
+    async def _stored_nar(self, name: NarName) -> Content | None:
         """Open a NAR of the store, if there is nothing about it that the core has to see to."""
         if self._ahead.get(str(name)):
             self._ahead.drop(str(name))
@@ -311,7 +315,7 @@ class RemoteCache:
             if file is None:
                 return None
             with closed_on_failure(file):
-                file.check(held.size)
+                await file.check(held.size)
         except StoreError:
             return None
         held.kept = True

@@ -809,3 +809,18 @@ def test_all_but_the_first(
         each.close()
     proxy.stop()
     assert served(proxy.logged("requests"), "nar") == 50
+
+
+async def test_a_target_that_leads_out_of_the_store(proxy: InsideProxy) -> None:
+    """What is no hash part is no name of a file: nothing outside of the store is read, or taken away."""
+    outside = proxy.folder.parent / "victim-12.narinfo"
+    outside.write_bytes(b"not ours")
+    target = "/../" + "./" * 10 + outside.name
+    assert len(target) == len(NARINFO)
+    async with Wire(proxy.url) as client:
+        await client.ask(NARINFO)  # the lane knows these headers now
+        assert (await client.ask(target)).status == 404
+        assert (await client.ask("/" + "\0" * 32 + ".narinfo")).status == 400
+    assert outside.read_bytes() == b"not ours"
+    assert not list(proxy.folder.rglob("*victim*"))
+    assert not proxy.observed(Fault)
