@@ -42,6 +42,16 @@ def programs(count: int) -> list[StoreEntry]:
     return entries
 
 
+def framed(name: str, size: int) -> StoreEntry:
+    """Make a path of about so many bytes in zstd frames of 16 MiB each, as Nix ≥ 2.35 writes them.
+
+    To read one takes all of it in memory, which is twice what ``zstd -19`` needs.
+    """
+    source = random.Random(name)
+    archive = huge_nar(source.randbytes(16 << 20), max(1, size >> 24))
+    return StoreEntry(random_hash_part(source), name, archive, compression="zstd")
+
+
 def publish(folder: Path, entries: Iterable[StoreEntry]) -> None:
     """Write entries to a folder that any static file server makes a binary cache."""
     (folder / "nar").mkdir(parents=True, exist_ok=True)

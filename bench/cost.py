@@ -264,10 +264,14 @@ class Bench:
                 self._note("1,000 idle keep-alive connections: RSS", "MB", more / MB, bar=40)
 
     def _large_nar(self) -> None:
-        """Memory while many read one large NAR as it arrives."""
+        """Memory while many read one large NAR as it arrives, as it is and compressed."""
         size = int(self._options.nar_gigabytes * GB)
+        self._read_by_many(StoreEntry.huge("large", size), f"{size / GB:g} GB NAR")
+        self._read_by_many(content.framed("framed", size), f"{size / GB:g} GB zstd NAR")
+
+    def _read_by_many(self, entry: StoreEntry, name: str) -> None:
         with (
-            self._published([StoreEntry.huge("large", size)]) as (entries, files),
+            self._published([entry]) as (entries, files),
             self._proxy(files.url) as proxy,
         ):
             (narinfo,) = load.fetch_all(proxy, [entries[0].narinfo_path])
@@ -277,9 +281,9 @@ class Bench:
                 proxy, paths, connections=READERS, seconds=0, cores=self._cores.load
             )
             memory = processes.peak_rss(proxy.process.pid)
-            name = f"{size / GB:g} GB NAR, cold, {READERS} readers"
-            self._note(f"{name}: peak RSS", "MB", memory / MB, bar=120)
-            self._note(f"{name}: CPU per GB sent", "s", sample.cpu_per_gb)
+            what = f"{name}, cold, {READERS} readers"
+            self._note(f"{what}: peak RSS", "MB", memory / MB, bar=120)
+            self._note(f"{what}: CPU per GB sent", "s", sample.cpu_per_gb)
 
 
 def _unpacking(entries: Iterable[StoreEntry]) -> float:
