@@ -42,12 +42,15 @@ def disk(what: str) -> Iterator[None]:
 def reading(what: str) -> Iterator[None]:
     """As `disk`, of a complete file: what cannot be read any more is damaged."""
     try:
-        with disk(what):
-            yield
-    except StoreError as error:
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _DAMAGE:
-            raise DamagedError(str(error)) from error.__cause__
-        raise
+        yield
+    except OSError as error:
+        raise unreadable(what, error) from error
+
+
+def unreadable(what: str, error: OSError) -> StoreError:
+    """Say what the operating system says of a complete file: `reading`."""
+    kind = DamagedError if error.errno in _DAMAGE else StoreError
+    return kind(f"{what}: {error.strerror or error}")
 
 
 def in_use(path: Path) -> bool:

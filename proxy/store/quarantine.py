@@ -32,7 +32,7 @@ class Quarantine:
         self._condemned: set[Path] = set()
 
     def __contains__(self, path: Path) -> bool:
-        return path in self._condemned
+        return bool(self._condemned) and path in self._condemned  # to hash a path takes a while
 
     def replaced(self, path: Path) -> None:
         """There is another file under that name now."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
 from proxy.store import pages
-from proxy.store.files import OpenFile, reading
+from proxy.store.files import OpenFile, unreadable
 from proxy.store.layout import Layout
 from proxy.store.provenance import origin_of
 
@@ -106,8 +106,9 @@ def read(path: Path) -> bytes | None:
     Raises:
         StoreError: The disk failed.
     """
-    with reading(f"cannot read {path.name}"):
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            return None
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable(f"cannot read {path.name}", error) from error

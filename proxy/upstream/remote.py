@@ -102,6 +102,7 @@ class Upstream:
         self.breaker = Breaker()
         """Whether it may be asked: `proxy.asking` obeys."""
         self._origin = yarl.URL(url).origin()
+        self._own = f"{self._origin}/"
         self._credentials = credentials
         self._proxies = urllib.request.getproxies()
         self._header_timeout = connect_timeout + read_timeout
@@ -241,7 +242,8 @@ class Upstream:
     async def _send(self, method: str, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
         target = yarl.URL(url, encoded=True)
         host = (target.host or "").lower()
-        authorization = self._credentials(host, target.origin() == self._origin)
+        is_own = url.startswith(self._own) or target.origin() == self._origin
+        authorization = self._credentials(host, is_own)
         if authorization is not None:
             headers = {**headers, "Authorization": authorization}
         if self._session.closed:
@@ -287,15 +289,31 @@ class Upstream:
         if coding != "identity":
             raise UpstreamProtocolError(self.name, f"sent a NAR with Content-Encoding {coding!r}")
 
-    @contextlib.asynccontextmanager
-    async def _slot(self, slots: Slots) -> AsyncIterator[None]:
-        if not slots.take_free():
-            try:
-                async with asyncio.timeout(SLOT_TIMEOUT):
-                    await slots.take()
-            except TimeoutError as error:
-                raise UpstreamSkippedError(self.name, "all its connections are busy") from error
+    def _slot(self, slots: Slots) -> _Slot:
+        return _Slot(slots, self.name)
+
+
+class _Slot:
+    """A slot, for ``async with``.
+
+    Raises:
+        UpstreamSkippedError: There was none in time.
+    """
+
+    __slots__ = ("_slots", "_upstream")
+
+    def __init__(self, slots: Slots, upstream: str) -> None:
+        self._slots = slots
+        self._upstream = upstream
+
+    async def __aenter__(self) -> None:
+        if self._slots.take_free():
+            return
         try:
-            yield
-        finally:
-            slots.give_back()
+            async with asyncio.timeout(SLOT_TIMEOUT):
+                await self._slots.take()
+        except TimeoutError as error:
+            raise UpstreamSkippedError(self._upstream, "all its connections are busy") from error
+
+    async def __aexit__(self, *_: object) -> None:
+        self._slots.give_back()
