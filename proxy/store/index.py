@@ -42,9 +42,12 @@ SLICE = 2_000
 
 @dataclass(frozen=True, slots=True)
 class _Added:
+    """``evictions``: how many there had been when the file was looked at."""
+
     name: str
     size: int
     origin: str
+    evictions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +151,14 @@ class Index:
 
     def added(self, path: Path, origin: str) -> bool:
         """Note that a file has its final name now; False when it is gone again. From any thread."""
+        evictions = self._room.evictions
         try:
             size = disk_usage(path.stat())
         except OSError:
             return False
         with self._adding:
             self._added_bytes += size
-        self._notes.put(_Added(self._name(path), size, origin))
+        self._notes.put(_Added(self._name(path), size, origin, evictions))
         return True
 
     def removed(self, path: Path) -> None:
@@ -314,7 +318,8 @@ class Index:
         with database.transaction():
             for note in notes:
                 if isinstance(note, _Added):
-                    database.add(note.name, note.size, note.origin)
+                    if self._is_there(note):
+                        database.add(note.name, note.size, note.origin)
                     self._written_bytes += note.size
                 elif isinstance(note, _Removed):
                     database.remove(note.name)
@@ -324,6 +329,10 @@ class Index:
                     self._room.remembered(note.size)
             database.use({note.name: note.at for note in notes if isinstance(note, _Used)}.items())
         self._totals = database.totals
+
+    def _is_there(self, note: _Added) -> bool:
+        """Tell whether a file is still there: a narinfo may have been evicted since, with its NAR."""
+        return note.evictions == self._room.evictions or (self._layout.root / note.name).exists()
 
     def _answer(self, database: Database) -> None:
         questions, self._questions = self._questions, []

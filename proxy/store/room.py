@@ -38,6 +38,7 @@ class Room:
         left: Bytes that can be kept before anything has to be evicted, when it was last measured.
         used: Bytes that the whole folder took then, as ``du`` counts them.
         beyond: How many of them were beyond the marks at which eviction ends.
+        evictions: How many NARs and other files were evicted; it counts before they go.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Room:
         self.left = 0
         self.used = 0
         self.beyond = 0
+        self.evictions = 0
         self._layout = layout
         self._limits = limits
         self._on_failure = on_failure
@@ -128,6 +130,7 @@ class Room:
 
         A narinfo that is published between the two is removed after it.
         """
+        self.evictions += 1
         narinfo = narinfo_of(name)
         self._remove_narinfo(database, narinfo, name)
         (self._layout.root / name).unlink(missing_ok=True)

@@ -129,6 +129,29 @@ def du_of_all(layout: Layout) -> int:
     return int(said.stdout.split()[0])
 
 
+def test_what_is_evicted_while_it_is_noted_is_not_counted() -> None:
+    """A narinfo that goes with its NAR between the look at it and the note of it leaves nothing."""
+
+    class EvictedMeanwhile(type(Path())):  # type: ignore[misc]
+        """A path whose NAR is evicted as soon as somebody has looked at it."""
+
+        def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+            status: os.stat_result = super().stat(follow_symlinks=follow_symlinks)
+            there.index.added(path, "up0")
+            assert there.index.evict([nar(1)]).result(PATIENCE) == [nar(1)]
+            return status
+
+    with folder() as there:
+        path = there.layout.root / nar(1)
+        path.write_bytes(bytes(10_000))
+        narinfo = there.layout.root / f"{hash_part(1)}.narinfo"
+        narinfo.write_text(f"URL: {nar(1)}\n")
+        assert there.index.added(EvictedMeanwhile(narinfo), "up0")
+
+        assert not narinfo.exists()
+        assert there.settled() == Totals(0, 0)
+
+
 NUMBERS = st.integers(0, 30)
 
 
