@@ -341,6 +341,7 @@ class Store(StoreReader):
             if not there:  # evicted while it was published: its narinfo leads to nothing
                 with contextlib.suppress(OSError):
                     rename.target.unlink()
+                    self.index.removed(rename.target)
             there = self.index.added(rename.target, publication.origin)
 
     def _write_remembered(self, path: Path, text: bytes) -> None:

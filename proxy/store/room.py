@@ -138,9 +138,14 @@ class Room:
         self._remove_narinfo(database, narinfo, name)
 
     def _remove_narinfo(self, database: Database, narinfo: str | None, nar: str) -> None:
-        if narinfo is not None and self._leads_to(narinfo, nar):
-            (self._layout.root / narinfo).unlink(missing_ok=True)
+        if narinfo is None:
+            return
+        path = self._layout.root / narinfo
+        if self._leads_to(narinfo, nar):
+            path.unlink(missing_ok=True)
             database.remove(narinfo)
+        elif not path.exists():
+            database.remove(narinfo)  # whoever took it away may not have said so
 
     def _leads_to(self, narinfo: str, nar: str) -> bool:
         """Tell whether a narinfo is that of a NAR, and not of the same path compressed otherwise."""

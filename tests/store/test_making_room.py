@@ -129,6 +129,17 @@ def du_of_all(layout: Layout) -> int:
     return int(said.stdout.split()[0])
 
 
+def test_a_narinfo_that_is_gone_before_its_nar_is_not_counted() -> None:
+    """Whoever took it away, it counts no longer than its NAR."""
+    with folder() as there:
+        there.put(1, 10_000)
+        there.settled()
+        (there.layout.root / f"{hash_part(1)}.narinfo").unlink()
+
+        assert there.index.evict([nar(1)]).result(PATIENCE) == [nar(1)]
+        assert there.settled() == Totals(0, 0)
+
+
 def test_what_is_evicted_while_it_is_noted_is_not_counted() -> None:
     """A narinfo that goes with its NAR between the look at it and the note of it leaves nothing."""
 
