@@ -338,7 +338,8 @@ class WholeCache(RuleBasedStateMachine):
         fetched = self._fetches(url)
         arriving = any(gate.reached.is_set() for held, gate in self.gates if held == url)
         evicted = self._evicted
-        quiet = due or (arriving and any(ask.path == path for ask in self.asks))
+        since = [ask for ask in self.asks if ask.path == path and ask.epoch == self.epoch]
+        quiet = due or (arriving and bool(since))  # what has broken off meanwhile is fetched again
         due = due or (self._all_is_well(path) and self._has_variant(url))
         self._ask(path, url, headers, check, due=due, method=method)
         if quiet and self._fetches(url) != fetched:
