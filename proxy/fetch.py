@@ -4,9 +4,10 @@ A fetch is a task of the daemon, not of any request: no client can cancel it, sl
 The writer appends to a partial file and says how far it is; each reader reads the file at a position of
 its own, so that readers cost no memory and do not notice each other.
 
-What the verifier has seen may be read at once, except for the last `HELD_BACK` bytes of it; those of the
-file are released when the whole has been verified, so a reader of a bad file never gets it complete. A file
-of `WHOLE` bytes or less is released whole or not at all.
+What the verifier has seen may be read at once, except for the last `HELD_BACK` bytes of it; the `FIRST` bytes
+of a file do not wait for those behind them, and its last ones are released when the whole has been verified,
+so a reader of a bad file never gets it complete. A file of `WHOLE` bytes or less is released whole or not at
+all.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from proxy.supply import Supply, Verifier, read_ahead
 HELD_BACK = 64 * 2**10
 """Bytes that readers are behind the verifier. A chunk of LZMA2 is no longer, and where it ends shows whether
 it was damaged, so that most damage of an xz file is noticed before it gets out."""
+
+FIRST = 4 * 2**10
+"""Bytes that readers get at once, of a larger file: who waits for an answer sees that it has begun."""
 
 WHOLE = 256 * 2**10
 """Bytes of a file that is not worth streaming: as long as nobody has any of it, another upstream may deliver
@@ -309,7 +313,7 @@ class Fetch:
     def _released_of(self, count: int) -> int:
         """Return how many of the first ``count`` bytes are released before the verdict."""
         end = count if self.size is None else self.size
-        return 0 if end <= WHOLE else max(0, min(count, end) - HELD_BACK)
+        return 0 if end <= WHOLE else max(min(count, FIRST), min(count, end) - HELD_BACK)
 
     def _reread(self, verifier: Verifier) -> None:
         """Verify what was put off, from its beginning. On a thread of `IN_TURN`."""

@@ -354,6 +354,17 @@ async def test_what_arrived_can_be_read_at_once(bench: Bench) -> None:
     fetch.close()
 
 
+async def test_the_very_first_bytes_wait_for_nothing(bench: Bench) -> None:
+    """Readers of a large file have its first bytes before any others have come."""
+    body = ScriptedBody(LARGE[:1_000], size=len(LARGE), gated=True)
+    fetch = bench.fetch(body)
+    task = asyncio.create_task(fetch.run())
+    assert await asyncio.wait_for(fetch.wait_beyond(0), PATIENCE) == 1_000
+    body.gate.set()
+    await task
+    fetch.close()
+
+
 @pytest.mark.parametrize("size", [0, 1, WHOLE - 1, WHOLE])
 async def test_a_small_file_is_released_whole(bench: Bench, size: int) -> None:
     """Of a small file nothing can be read before it is verified, and then all of it."""
