@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.closures import SigningKey, StoreEntry
 from tests.daemon import DaemonProcess
+from tests.inside import InsideProxy
 from tests.nix_client import NixClient
 from tests.simulator import BinaryCacheSimulator, running
 
@@ -82,6 +83,16 @@ class RunSimulator(Protocol):
         ...
 
 
+class StartProxy(Protocol):
+    """Start a proxy in the loop of the test that lasts as long as it; options are those of the class."""
+
+    def __call__(
+        self, *upstreams: BinaryCacheSimulator | str, **options: Any
+    ) -> Awaitable[InsideProxy]:
+        """Give it these upstreams, the test's own store, and the fixture `key`."""
+        ...
+
+
 class RunDaemon(Protocol):
     """Run the daemon in a process and a folder of its own; options are those of the class."""
 
@@ -106,6 +117,19 @@ async def sim(key: SigningKey) -> AsyncIterator[StartSimulator]:
             return await stack.enter_async_context(cache)
 
         yield start
+
+
+@pytest.fixture
+async def start(tmp_path: Path, key: SigningKey) -> AsyncIterator[StartProxy]:
+    """Return a function that starts proxies with the same store, one after the other."""
+    async with AsyncExitStack() as stack:
+
+        async def run(*upstreams: BinaryCacheSimulator | str, **options: Any) -> InsideProxy:
+            urls = [cache if isinstance(cache, str) else cache.url for cache in upstreams]
+            proxy = InsideProxy(tmp_path / "store", *urls, **{"keys": [key.public], **options})
+            return await stack.enter_async_context(proxy)
+
+        yield run
 
 
 @pytest.fixture

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from proxy.events import BreakerClosed, BreakerOpened, UpstreamAnswered
 from proxy.upstream import remote
 from proxy.upstream.breaker import LONGEST_RETRY_AFTER, THRESHOLD, State
-from tests.closures import SigningKey, StoreEntry
-from tests.conftest import RunDaemon, RunSimulator, StartSimulator
+from tests.closures import StoreEntry
+from tests.conftest import RunDaemon, RunSimulator, StartProxy, StartSimulator
 from tests.faults import Corrupt, Cut, Fault, Gate, Headers, Html, Reset, Stall, Status
 from tests.inside import InsideProxy
 from tests.simulator import BinaryCacheSimulator
@@ -24,21 +20,6 @@ CACHED = StoreEntry.make("cached-1.0", b"cached\n" * 5_000)
 PATHS = [StoreEntry.make(f"path-{number}", f"{number}\n".encode() * 5_000) for number in range(12)]
 
 AN_HOUR = 3_600.0
-
-Start = Callable[..., Awaitable[InsideProxy]]
-
-
-@pytest.fixture
-async def start(tmp_path: Path, key: SigningKey) -> AsyncIterator[Start]:
-    """Return a function that starts a proxy."""
-    async with AsyncExitStack() as stack:
-
-        async def run(*upstreams: BinaryCacheSimulator | str, **options: Any) -> InsideProxy:
-            urls = [cache if isinstance(cache, str) else cache.url for cache in upstreams]
-            proxy = InsideProxy(tmp_path / "store", *urls, **{"keys": [key.public], **options})
-            return await stack.enter_async_context(proxy)
-
-        yield run
 
 
 async def statuses(proxy: InsideProxy, *entries: StoreEntry) -> list[int]:
@@ -61,7 +42,7 @@ async def open_breaker(proxy: InsideProxy, cache: BinaryCacheSimulator) -> None:
 
 
 @pytest.mark.parametrize("fault", [Reset(), Status(500), Html(), Corrupt(0)], ids=repr)
-async def test_left_alone(fault: Fault, sim: StartSimulator, start: Start) -> None:
+async def test_left_alone(fault: Fault, sim: StartSimulator, start: StartProxy) -> None:
     """After three failures in a row nothing is asked, nor is anything remembered as absent."""
     cache = await sim(*PATHS)
     proxy = await start(cache)
@@ -76,7 +57,7 @@ async def test_left_alone(fault: Fault, sim: StartSimulator, start: Start) -> No
 
 
 @pytest.mark.parametrize("status", [404, 410, 401, 403])
-async def test_answers(status: int, sim: StartSimulator, start: Start) -> None:
+async def test_answers(status: int, sim: StartSimulator, start: StartProxy) -> None:
     """That it is not there, or not for us, is an answer, however often it comes."""
     cache = await sim()
     cache.fault("*", Status(status))
@@ -86,7 +67,7 @@ async def test_answers(status: int, sim: StartSimulator, start: Start) -> None:
     assert state(proxy) is State.CLOSED
 
 
-async def test_not_even_a_connection(start: Start) -> None:
+async def test_not_even_a_connection(start: StartProxy) -> None:
     """A black hole costs the first questions their time; then nobody connects, and nobody waits."""
     with black_hole() as silent:
         proxy = await start(silent, budget=0.2, strict=True)
@@ -98,7 +79,7 @@ async def test_not_even_a_connection(start: Start) -> None:
         assert state(proxy) is State.OPEN
 
 
-async def test_airplane(sim: StartSimulator, start: Start) -> None:
+async def test_airplane(sim: StartSimulator, start: StartProxy) -> None:
     """With every upstream left alone, what is cached is served, and no upstream hears of anything."""
     caches = [await sim(CACHED), await sim(CACHED)]
     proxy = await start(*caches)
@@ -120,7 +101,7 @@ async def test_airplane(sim: StartSimulator, start: Start) -> None:
     assert [cache.accepted for cache in caches] == accepted
 
 
-async def test_one_probe(sim: StartSimulator, start: Start) -> None:
+async def test_one_probe(sim: StartSimulator, start: StartProxy) -> None:
     """When the pause is over one question goes out; who asks meanwhile waits for what it brings."""
     cache = await sim(*PATHS)
     proxy = await start(cache)
@@ -136,7 +117,7 @@ async def test_one_probe(sim: StartSimulator, start: Start) -> None:
     assert [(await answer).status for answer in asking] == [200] * len(PATHS)
 
 
-async def test_probe_in_vain(sim: StartSimulator, start: Start) -> None:
+async def test_probe_in_vain(sim: StartSimulator, start: StartProxy) -> None:
     """A probe that gets no answer keeps nobody for long, and the upstream is left alone for longer."""
     cache = await sim(*PATHS)
     proxy = await start(cache, budget=0.4)
@@ -152,7 +133,7 @@ async def test_probe_in_vain(sim: StartSimulator, start: Start) -> None:
     assert first.seconds <= second.seconds
 
 
-async def test_slow_but_alive(sim: StartSimulator, start: Start) -> None:
+async def test_slow_but_alive(sim: StartSimulator, start: StartProxy) -> None:
     """Who is passed over because another was faster, and then answers, has not failed."""
     slow, fast = await sim(*PATHS), await sim(*PATHS)
     gate = Gate(None)
@@ -167,7 +148,7 @@ async def test_slow_but_alive(sim: StartSimulator, start: Start) -> None:
     assert state(proxy) is State.CLOSED
 
 
-async def test_preferred_black_hole(sim: StartSimulator, start: Start) -> None:
+async def test_preferred_black_hole(sim: StartSimulator, start: StartProxy) -> None:
     """A preferred upstream that never answers is soon not waited for any more."""
     ready = await sim(*PATHS)
     with black_hole() as silent:
@@ -181,7 +162,7 @@ async def test_preferred_black_hole(sim: StartSimulator, start: Start) -> None:
         assert event.upstream == "up1"
 
 
-async def test_lying_nars(sim: StartSimulator, start: Start) -> None:
+async def test_lying_nars(sim: StartSimulator, start: StartProxy) -> None:
     """NARs that are not what was signed, and NARs that break off, are failures, too."""
     cache = await sim(*PATHS)
     proxy = await start(cache)
@@ -194,7 +175,7 @@ async def test_lying_nars(sim: StartSimulator, start: Start) -> None:
 
 
 @pytest.mark.parametrize("fault", [Html(), Status(400), Status(500)], ids=repr)
-async def test_what_clients_make_up(fault: Fault, sim: StartSimulator, start: Start) -> None:
+async def test_what_clients_make_up(fault: Fault, sim: StartSimulator, start: StartProxy) -> None:
     """Strange answers to URLs that a client made up do not take an upstream away from the others."""
     cache = await sim()
     cache.fault("*", fault)
@@ -210,7 +191,7 @@ async def test_what_clients_make_up(fault: Fault, sim: StartSimulator, start: St
     [("30", 30.0, 30.0), ("999999", LONGEST_RETRY_AFTER, LONGEST_RETRY_AFTER), ("soon", 0.5, 1.0)],
 )
 async def test_retry_after(
-    value: str, least: float, most: float, sim: StartSimulator, start: Start
+    value: str, least: float, most: float, sim: StartSimulator, start: StartProxy
 ) -> None:
     """Who asks to be left alone for a while is, within a bound."""
     cache = await sim()
@@ -221,7 +202,7 @@ async def test_retry_after(
     assert least <= opened.seconds <= most
 
 
-async def test_a_cut_nar_counts_once(sim: StartSimulator, start: Start) -> None:
+async def test_a_cut_nar_counts_once(sim: StartSimulator, start: StartProxy) -> None:
     """One NAR that broke off is one failure, and what is answered afterwards makes up for it."""
     cache = await sim(*PATHS)
     proxy = await start(cache)
@@ -234,7 +215,7 @@ async def test_a_cut_nar_counts_once(sim: StartSimulator, start: Start) -> None:
 
 
 async def test_busy_with_us(
-    sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
+    sim: StartSimulator, start: StartProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An upstream all of whose connections we use ourselves has not failed."""
     monkeypatch.setattr(remote, "SLOT_TIMEOUT", 0.05)

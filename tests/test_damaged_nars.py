@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, closing
+from contextlib import closing
 from http.client import HTTPConnection, IncompleteRead
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -18,7 +16,7 @@ from proxy.fetch import HELD_BACK, WHOLE
 from proxy.nix.nar_name import NarName
 from proxy.places import BLAME_LASTS, Blame
 from tests.closures import SigningKey, StoreEntry
-from tests.conftest import RunDaemon, RunSimulator, StartSimulator
+from tests.conftest import RunDaemon, RunSimulator, StartProxy, StartSimulator
 from tests.faults import Corrupt, Cut, Gate, Stall, Status
 from tests.inside import InsideProxy, Received
 from tests.nix_client import NixClient
@@ -38,21 +36,6 @@ PACKED = StoreEntry.make(
 ATTEMPTS = 5
 """Of Nix, for one download (``download-attempts``)."""
 
-Start = Callable[..., Awaitable[InsideProxy]]
-
-
-@pytest.fixture
-async def start(tmp_path: Path, key: SigningKey) -> AsyncIterator[Start]:
-    """Return a function that starts proxies with the same store, one after the other."""
-    async with AsyncExitStack() as stack:
-
-        async def run(*upstreams: BinaryCacheSimulator, **options: Any) -> InsideProxy:
-            urls = [cache.url for cache in upstreams]
-            proxy = InsideProxy(tmp_path / "store", *urls, keys=[key.public], **options)
-            return await stack.enter_async_context(proxy)
-
-        yield run
-
 
 async def resume(proxy: InsideProxy, url: str, have: bytes = b"") -> bytes:
     """Download as Nix does: what is cut off is continued with a Range, a few times."""
@@ -71,7 +54,9 @@ def gets(*caches: BinaryCacheSimulator) -> list[int]:
     return [cache.gets(NAR.nar_path) for cache in caches]
 
 
-async def test_a_small_one_comes_from_elsewhere_at_once(sim: StartSimulator, start: Start) -> None:
+async def test_a_small_one_comes_from_elsewhere_at_once(
+    sim: StartSimulator, start: StartProxy
+) -> None:
     """What is given to clients whole is fetched elsewhere before anybody has a byte of it."""
     small = StoreEntry.make("small-1.0", CONTENT[: WHOLE - 1_000], compression="none")
     assert 2 * HELD_BACK < len(small.file) <= WHOLE
@@ -86,7 +71,7 @@ async def test_a_small_one_comes_from_elsewhere_at_once(sim: StartSimulator, sta
 
 @pytest.mark.parametrize("at", [SIZE - HELD_BACK, SIZE - 1])
 async def test_who_asks_again_gets_it_from_elsewhere(
-    at: int, sim: StartSimulator, start: Start
+    at: int, sim: StartSimulator, start: StartProxy
 ) -> None:
     """Clients are cut off before the damage, and what they ask for next comes from who has it whole."""
     ill, well = await sim(NAR), await sim(NAR)
@@ -102,7 +87,9 @@ async def test_who_asks_again_gets_it_from_elsewhere(
     assert len(proxy.kept) == 2
 
 
-async def test_damage_that_shows_is_not_given_to_anybody(sim: StartSimulator, start: Start) -> None:
+async def test_damage_that_shows_is_not_given_to_anybody(
+    sim: StartSimulator, start: StartProxy
+) -> None:
     """What a decompressor notices never gets out, so that clients can go on where they were cut off."""
     ill, well = await sim(PACKED), await sim(PACKED)
     truth = bytes(PACKED.file)
@@ -116,7 +103,7 @@ async def test_damage_that_shows_is_not_given_to_anybody(sim: StartSimulator, st
     assert await resume(proxy, url, first.body) == truth
 
 
-async def test_readers_of_all_kinds(sim: StartSimulator, start: Start) -> None:
+async def test_readers_of_all_kinds(sim: StartSimulator, start: StartProxy) -> None:
     """Whoever came, before or after, for all or a part: nobody has a wrong part that looks complete."""
     ill, well = await sim(NAR), await sim(NAR)
     gate = Gate(MIDDLE)
@@ -146,7 +133,7 @@ async def test_readers_of_all_kinds(sim: StartSimulator, start: Start) -> None:
     assert gets(ill, well) == [1, 1]
 
 
-async def test_better_than_nobody(sim: StartSimulator, start: Start) -> None:
+async def test_better_than_nobody(sim: StartSimulator, start: StartProxy) -> None:
     """Where nobody else has it, who sent damage is asked again, and may have been mended."""
     ill, poor = await sim(NAR), await sim()
     rule = ill.fault(NAR.nar_path, Corrupt(-1))
@@ -158,7 +145,7 @@ async def test_better_than_nobody(sim: StartSimulator, start: Start) -> None:
     assert await resume(proxy, url, first.body) == FILE
 
 
-async def test_it_is_not_held_against_them_for_ever(sim: StartSimulator, start: Start) -> None:
+async def test_it_is_not_held_against_them_for_ever(sim: StartSimulator, start: StartProxy) -> None:
     """After a while the preferred upstream is the preferred one again, also for this NAR."""
     ill, well = await sim(NAR), await sim(NAR)
     ill.fault(NAR.nar_path, Corrupt(-1), times=1)
@@ -173,7 +160,7 @@ async def test_it_is_not_held_against_them_for_ever(sim: StartSimulator, start: 
     assert gets(ill, well) == [2, 1]
 
 
-async def test_one_of_two_was_it(sim: StartSimulator, start: Start) -> None:
+async def test_one_of_two_was_it(sim: StartSimulator, start: StartProxy) -> None:
     """Where two have brought a part each, the one that could end it is tried alone."""
     ill, well = await sim(NAR), await sim(NAR)
     ill.fault(NAR.nar_path, Corrupt(9), Cut(SIZE - 5), times=1)
@@ -189,7 +176,7 @@ async def test_one_of_two_was_it(sim: StartSimulator, start: Start) -> None:
 
 
 async def test_after_a_restart(
-    sim: StartSimulator, start: Start, tmp_path: Path, key: SigningKey
+    sim: StartSimulator, start: StartProxy, tmp_path: Path, key: SigningKey
 ) -> None:
     """What was left of a damaged download costs a client some attempts, and no wrong byte."""
     ill, well = await sim(NAR), await sim(NAR)

@@ -9,17 +9,15 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from proxy import patience
 from proxy.store.leftovers import DATA, MAX_AGE, MOST, NOTE, Leftovers, Origin
 from tests.closures import SigningKey, StoreEntry
-from tests.conftest import RunDaemon, RunSimulator, StartSimulator
+from tests.conftest import RunDaemon, RunSimulator, StartProxy, StartSimulator
 from tests.faults import Cut, Fault, Headers, NoRanges, Stall, Status
 from tests.inside import InsideProxy
 from tests.nix_client import NixClient
@@ -30,21 +28,6 @@ NAR = StoreEntry.make("large-1.0", CONTENT, compression="none")
 SIZE = len(NAR.file)
 MIDDLE = SIZE // 2
 ORIGIN = Origin("up0", '"etag"', None, 100)
-
-Start = Callable[..., Awaitable[InsideProxy]]
-
-
-@pytest.fixture
-async def start(tmp_path: Path, key: SigningKey) -> AsyncIterator[Start]:
-    """Return a function that starts proxies with the same store, one after the other."""
-    async with AsyncExitStack() as stack:
-
-        async def run(*upstreams: BinaryCacheSimulator, **options: Any) -> InsideProxy:
-            urls = [cache.url for cache in upstreams]
-            proxy = InsideProxy(tmp_path / "store", *urls, keys=[key.public], **options)
-            return await stack.enter_async_context(proxy)
-
-        yield run
 
 
 async def leave(
@@ -75,7 +58,7 @@ def ranges(cache: BinaryCacheSimulator) -> list[str | None]:
 
 
 async def test_a_restart(
-    sim: StartSimulator, start: Start, tmp_path: Path, key: SigningKey
+    sim: StartSimulator, start: StartProxy, tmp_path: Path, key: SigningKey
 ) -> None:
     """After a restart only the rest is asked for, with If-Range, and all of it is right."""
     cache = await sim(NAR)
@@ -92,7 +75,7 @@ async def test_a_restart(
 
 
 async def test_all_had_arrived(
-    sim: StartSimulator, start: Start, tmp_path: Path, key: SigningKey
+    sim: StartSimulator, start: StartProxy, tmp_path: Path, key: SigningKey
 ) -> None:
     """Where all of it is here, nothing is asked for: it is only verified."""
     cache = await sim(NAR)
@@ -105,7 +88,7 @@ async def test_all_had_arrived(
 
 
 async def test_another_upstream(
-    sim: StartSimulator, start: Start, tmp_path: Path, key: SigningKey
+    sim: StartSimulator, start: StartProxy, tmp_path: Path, key: SigningKey
 ) -> None:
     """Another upstream with the same file may bring the rest."""
     cache, other = await sim(NAR), await sim(NAR)
@@ -116,7 +99,7 @@ async def test_another_upstream(
 
 
 async def test_the_file_has_changed(
-    sim: StartSimulator, start: Start, tmp_path: Path, key: SigningKey
+    sim: StartSimulator, start: StartProxy, tmp_path: Path, key: SigningKey
 ) -> None:
     """The same NAR in another file is begun anew."""
     cache = await sim(NAR)
@@ -130,7 +113,7 @@ async def test_the_file_has_changed(
 
 @pytest.mark.parametrize("fault", [NoRanges(), Headers({"ETag": '"new"'})], ids=repr)
 async def test_no_rest_to_be_had(
-    fault: Fault, sim: StartSimulator, start: Start, tmp_path: Path, key: SigningKey
+    fault: Fault, sim: StartSimulator, start: StartProxy, tmp_path: Path, key: SigningKey
 ) -> None:
     """An upstream that sends the whole file is listened to from the beginning."""
     cache = await sim(NAR)
@@ -145,7 +128,7 @@ async def test_no_rest_to_be_had(
 
 @pytest.mark.parametrize("at", [0, MIDDLE - 1])
 async def test_a_damaged_leftover(
-    at: int, sim: StartSimulator, start: Start, tmp_path: Path, key: SigningKey
+    at: int, sim: StartSimulator, start: StartProxy, tmp_path: Path, key: SigningKey
 ) -> None:
     """Damage is found by the hash: nobody gets it whole, it is thrown away, and the next try is right."""
     cache = await sim(NAR)
@@ -164,7 +147,7 @@ async def test_a_damaged_leftover(
 
 
 async def test_too_long_a_leftover(
-    sim: StartSimulator, start: Start, tmp_path: Path, key: SigningKey
+    sim: StartSimulator, start: StartProxy, tmp_path: Path, key: SigningKey
 ) -> None:
     """More than the file can have is not the file."""
     cache = await sim(NAR)
@@ -177,7 +160,7 @@ async def test_too_long_a_leftover(
 
 
 async def test_without_a_restart(
-    sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
+    sim: StartSimulator, start: StartProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A download that was given up is continued by whoever asks next."""
     monkeypatch.setattr(patience, "ATTEMPTS", 2)
@@ -198,7 +181,7 @@ async def test_without_a_restart(
 
 
 async def test_upstream_down(
-    sim: StartSimulator, start: Start, tmp_path: Path, key: SigningKey
+    sim: StartSimulator, start: StartProxy, tmp_path: Path, key: SigningKey
 ) -> None:
     """With nobody to bring the rest nothing is sent, and what is here stays for another time."""
     cache = await sim(NAR)

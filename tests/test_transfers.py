@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +14,8 @@ from proxy.events import BreakerOpened, FetchEnded
 from proxy.patience import MUCH
 from proxy.upstream import breaker
 from proxy.upstream.breaker import THRESHOLD
-from tests.closures import SigningKey, StoreEntry
-from tests.conftest import RunDaemon, RunSimulator, StartSimulator
+from tests.closures import StoreEntry
+from tests.conftest import RunDaemon, RunSimulator, StartProxy, StartSimulator
 from tests.faults import (
     Corrupt,
     Cut,
@@ -42,21 +40,11 @@ SIZE = len(NAR.file)
 SMALL = StoreEntry.make("small-1.0", b"small\n" * 500, compression="none")
 MIDDLE = SIZE // 2
 
-Start = Callable[..., Awaitable[InsideProxy]]
-
 
 @pytest.fixture
-async def start(tmp_path: Path, key: SigningKey) -> AsyncIterator[Start]:
-    """Return a function that starts proxies with the same store, one after the other."""
-    async with AsyncExitStack() as stack:
-
-        async def run(*upstreams: BinaryCacheSimulator | str, **options: Any) -> InsideProxy:
-            urls = [cache if isinstance(cache, str) else cache.url for cache in upstreams]
-            defaults = {"keys": [key.public], "read_timeout": 0.5}
-            proxy = InsideProxy(tmp_path / "store", *urls, **{**defaults, **options})
-            return await stack.enter_async_context(proxy)
-
-        yield run
+def start(start: StartProxy) -> StartProxy:
+    """Return a function that starts proxies, as everywhere, with little patience."""
+    return functools.partial(start, read_timeout=0.5)
 
 
 def once(cache: BinaryCacheSimulator, *faults: Fault, entry: StoreEntry = NAR) -> Rule:
@@ -94,7 +82,7 @@ def begin(wanted: str | None) -> int:
 @pytest.mark.parametrize("at", [1, 100, MIDDLE, SIZE - 1, SIZE])
 @pytest.mark.parametrize("how", ["cut", "reset", "stall"])
 async def test_it_goes_on_where_it_stopped(
-    at: int, how: str, sim: StartSimulator, start: Start
+    at: int, how: str, sim: StartSimulator, start: StartProxy
 ) -> None:
     """Wherever and however it ends, what has not been received is asked for, once."""
     cache = await sim(NAR)
@@ -112,7 +100,7 @@ async def test_it_goes_on_where_it_stopped(
             assert request.headers["If-Range"] == f'"{NAR.file_hash}"'
 
 
-async def test_nothing_has_come_yet(sim: StartSimulator, start: Start) -> None:
+async def test_nothing_has_come_yet(sim: StartSimulator, start: StartProxy) -> None:
     """What ends before the first byte is asked for again, whole."""
     cache = await sim(NAR)
     proxy = await start(cache)
@@ -121,7 +109,7 @@ async def test_nothing_has_come_yet(sim: StartSimulator, start: Start) -> None:
     assert asked(cache) == [None, None]
 
 
-async def test_again_and_again(sim: StartSimulator, start: Start) -> None:
+async def test_again_and_again(sim: StartSimulator, start: StartProxy) -> None:
     """Each attempt may end, as long as each brings something."""
     entry = StoreEntry.huge("huge-1.0", 6 * MUCH)
     cache = await sim(entry)
@@ -132,7 +120,7 @@ async def test_again_and_again(sim: StartSimulator, start: Start) -> None:
     assert not proxy.observed(BreakerOpened)
 
 
-async def test_twice_at_the_same_byte(sim: StartSimulator, start: Start) -> None:
+async def test_twice_at_the_same_byte(sim: StartSimulator, start: StartProxy) -> None:
     """An attempt that brings nothing is not the last one."""
     cache = await sim(NAR)
     once(cache, Cut(MIDDLE))
@@ -144,7 +132,7 @@ async def test_twice_at_the_same_byte(sim: StartSimulator, start: Start) -> None
     assert 0 < begin(second) <= MIDDLE
 
 
-async def test_readers_wait_and_go_on(sim: StartSimulator, start: Start) -> None:
+async def test_readers_wait_and_go_on(sim: StartSimulator, start: StartProxy) -> None:
     """Everyone who reads, whenever they came, gets every byte once."""
     cache = await sim(NAR)
     proxy = await start(cache)
@@ -164,7 +152,7 @@ async def test_readers_wait_and_go_on(sim: StartSimulator, start: Start) -> None
 
 @pytest.mark.parametrize("validators", [{"ETag": None}, {"ETag": 'W/"weak"'}], ids=["none", "weak"])
 async def test_without_validators(
-    validators: dict[str, str | None], sim: StartSimulator, start: Start
+    validators: dict[str, str | None], sim: StartSimulator, start: StartProxy
 ) -> None:
     """A FileHash vouches for the rest where no validator does."""
     cache = await sim(NAR)
@@ -176,7 +164,7 @@ async def test_without_validators(
     assert "If-Range" not in cache.requests[-1].headers
 
 
-async def test_nothing_vouches(sim: StartSimulator, start: Start) -> None:
+async def test_nothing_vouches(sim: StartSimulator, start: StartProxy) -> None:
     """Without FileHash and validators the whole is asked for, and compared."""
     bare = NAR.but(fields={"FileHash": None, "FileSize": None})
     cache = await sim(bare)
@@ -189,7 +177,7 @@ async def test_nothing_vouches(sim: StartSimulator, start: Start) -> None:
 # --- an upstream that changes its mind --------------------------------------------------------
 
 
-async def test_no_ranges(sim: StartSimulator, start: Start) -> None:
+async def test_no_ranges(sim: StartSimulator, start: StartProxy) -> None:
     """A 200 to a Range is compared with what readers have, and followed from there."""
     cache = await sim(NAR)
     cache.fault(NAR.nar_path, NoRanges(), Cut(MIDDLE), times=1)
@@ -200,7 +188,7 @@ async def test_no_ranges(sim: StartSimulator, start: Start) -> None:
     assert 0 < begin(second) <= MIDDLE
 
 
-async def test_no_ranges_for_nobody(sim: StartSimulator, start: Start) -> None:
+async def test_no_ranges_for_nobody(sim: StartSimulator, start: StartProxy) -> None:
     """As long as readers have nothing a 200 starts over."""
     cache = await sim(SMALL)
     cache.fault(SMALL.nar_path, NoRanges(), Cut(1_000), times=1)
@@ -210,7 +198,7 @@ async def test_no_ranges_for_nobody(sim: StartSimulator, start: Start) -> None:
 
 @pytest.mark.parametrize("upstreams", [1, 2])
 async def test_silence_of_which_nobody_has_a_byte(
-    upstreams: int, sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
+    upstreams: int, sim: StartSimulator, start: StartProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long it was silent, another upstream delivers it, or else the same one goes on."""
     monkeypatch.setattr(patience, "FIRST_SILENCE", 0.1)
@@ -222,7 +210,7 @@ async def test_silence_of_which_nobody_has_a_byte(
     assert asked(caches[-1], SMALL)[-1] == "bytes=1000-"
 
 
-async def test_another_etag(sim: StartSimulator, start: Start) -> None:
+async def test_another_etag(sim: StartSimulator, start: StartProxy) -> None:
     """The same bytes under another ETag are compared, and followed."""
     cache = await sim(NAR)
     once(cache, Cut(MIDDLE))
@@ -233,7 +221,7 @@ async def test_another_etag(sim: StartSimulator, start: Start) -> None:
     assert 0 < begin(second) <= MIDDLE
 
 
-async def test_other_bytes_under_another_etag(sim: StartSimulator, start: Start) -> None:
+async def test_other_bytes_under_another_etag(sim: StartSimulator, start: StartProxy) -> None:
     """Other bytes are noticed: readers have a true beginning and a cut, never a mixture."""
     cache = await sim(NAR)
     proxy = await start(cache)
@@ -258,7 +246,9 @@ async def test_other_bytes_under_another_etag(sim: StartSimulator, start: Start)
         None,
     ],
 )
-async def test_another_part(content_range: str | None, sim: StartSimulator, start: Start) -> None:
+async def test_another_part(
+    content_range: str | None, sim: StartSimulator, start: StartProxy
+) -> None:
     """A part that is not the one that was asked for is not taken; the whole is asked for then."""
     cache = await sim(NAR)
     once(cache, Cut(MIDDLE))
@@ -285,7 +275,7 @@ class OtherRange:
 
 
 @pytest.mark.parametrize("fault", [Shorter(1), Longer(1)], ids=repr)
-async def test_another_length(fault: Fault, sim: StartSimulator, start: Start) -> None:
+async def test_another_length(fault: Fault, sim: StartSimulator, start: StartProxy) -> None:
     """A file of another length is not the same one, and another upstream's is."""
     cache, other = await sim(NAR), await sim(NAR)
     once(cache, Cut(MIDDLE))
@@ -298,7 +288,7 @@ async def test_another_length(fault: Fault, sim: StartSimulator, start: Start) -
 # --- other upstreams --------------------------------------------------------------------------
 
 
-async def test_another_upstream_goes_on(sim: StartSimulator, start: Start) -> None:
+async def test_another_upstream_goes_on(sim: StartSimulator, start: StartProxy) -> None:
     """Where one upstream dies, another with the same file continues, at the same byte."""
     dying, other = await sim(NAR), await sim(NAR)
     proxy = await start(dying, other)
@@ -312,7 +302,7 @@ async def test_another_upstream_goes_on(sim: StartSimulator, start: Start) -> No
 
 
 async def test_alternating(
-    sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
+    sim: StartSimulator, start: StartProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two upstreams that break off all the time make one whole NAR."""
     monkeypatch.setattr(breaker, "THRESHOLD", 100)
@@ -327,7 +317,7 @@ async def test_alternating(
 
 
 async def test_another_file_does_not_go_on(
-    sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
+    sim: StartSimulator, start: StartProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same NAR in another file cannot continue what readers have begun to read."""
     monkeypatch.setattr(patience, "ATTEMPTS", 3)
@@ -349,7 +339,7 @@ async def test_another_file_does_not_go_on(
     [Status(404), Status(403), Status(500), Reset(), Html(), Corrupt(), Shorter(), Cut(0)],
     ids=repr,
 )
-async def test_second_choice(fault: Fault, sim: StartSimulator, start: Start) -> None:
+async def test_second_choice(fault: Fault, sim: StartSimulator, start: StartProxy) -> None:
     """As long as nothing has been sent, another upstream with the same NAR may deliver it."""
     ill, other = await sim(SMALL), await sim(SMALL)
     proxy = await start(ill, other)
@@ -359,7 +349,7 @@ async def test_second_choice(fault: Fault, sim: StartSimulator, start: Start) ->
     assert len(asked(ill, SMALL)) <= 2
 
 
-async def test_second_choice_of_another_file(sim: StartSimulator, start: Start) -> None:
+async def test_second_choice_of_another_file(sim: StartSimulator, start: StartProxy) -> None:
     """The same NAR may be another file there: what came of the first one is thrown away."""
     one = StoreEntry.make("packed-1.0", b"packed\n" * 2_000, compression="gzip")
     two = StoreEntry.make("packed-1.0", b"packed\n" * 2_000, compression="gzip", streams=3)
@@ -372,7 +362,7 @@ async def test_second_choice_of_another_file(sim: StartSimulator, start: Start) 
     assert (answer.complete, answer.body) == (True, bytes(two.file))
 
 
-async def test_no_second_choice(sim: StartSimulator, start: Start) -> None:
+async def test_no_second_choice(sim: StartSimulator, start: StartProxy) -> None:
     """Where nobody else has it, the doubt about the first one stays doubt, and is not remembered."""
     ill, other = await sim(SMALL), await sim()
     proxy = await start(ill, other, strict=True)
@@ -383,7 +373,7 @@ async def test_no_second_choice(sim: StartSimulator, start: Start) -> None:
     await whole(proxy, SMALL)
 
 
-async def test_doubt_and_absence(sim: StartSimulator, start: Start) -> None:
+async def test_doubt_and_absence(sim: StartSimulator, start: StartProxy) -> None:
     """One upstream fails, the other has lost the file: that is not known to be absent."""
     ill, poor = await sim(SMALL), await sim(SMALL)
     proxy = await start(ill, poor, strict=True)
@@ -398,7 +388,7 @@ async def test_doubt_and_absence(sim: StartSimulator, start: Start) -> None:
 # --- bounds -----------------------------------------------------------------------------------
 
 
-async def test_all_down_and_up_again(sim: StartSimulator, start: Start) -> None:
+async def test_all_down_and_up_again(sim: StartSimulator, start: StartProxy) -> None:
     """With every upstream gone in the middle, readers wait, and go on when one is back."""
     caches = [await sim(NAR), await sim(NAR)]
     proxy = await start(*caches)
@@ -424,7 +414,7 @@ async def test_all_down_and_up_again(sim: StartSimulator, start: Start) -> None:
 
 
 async def test_it_is_given_up(
-    sim: StartSimulator, start: Start, monkeypatch: pytest.MonkeyPatch
+    sim: StartSimulator, start: StartProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever never comes back is waited for a bounded number of times."""
     monkeypatch.setattr(patience, "ATTEMPTS", 4)
@@ -438,7 +428,7 @@ async def test_it_is_given_up(
     assert len(asked(cache)) <= 5
 
 
-async def test_retry_after(sim: StartSimulator, start: Start) -> None:
+async def test_retry_after(sim: StartSimulator, start: StartProxy) -> None:
     """Who asks for time is given it, while another upstream goes on."""
     busy, other = await sim(NAR), await sim(NAR)
     proxy = await start(busy, other)

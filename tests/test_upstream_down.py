@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from proxy.events import UpstreamAnswered
 from tests.closures import SigningKey, StoreEntry
-from tests.conftest import RunDaemon, RunSimulator, StartSimulator
+from tests.conftest import RunDaemon, RunSimulator, StartProxy, StartSimulator
 from tests.faults import Body, Fault, Html, Reset, Stall, Status
 from tests.inside import InsideProxy, Received
 from tests.simulator import BinaryCacheSimulator, Rule
@@ -97,21 +96,11 @@ troubled = pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES.ke
 
 # --- the proxy --------------------------------------------------------------------------------
 
-Start = Callable[..., Awaitable[InsideProxy]]
-
 
 @pytest.fixture
-async def start(tmp_path: Path, key: SigningKey) -> AsyncIterator[Start]:
-    """Return a function that starts proxies, all of which have the same store, one after the other."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def run(*upstreams: BinaryCacheSimulator | str, **options: Any) -> InsideProxy:
-            urls = [cache if isinstance(cache, str) else cache.url for cache in upstreams]
-            defaults = {"keys": [key.public], "budget": BUDGET, "read_timeout": 0.4}
-            proxy = InsideProxy(tmp_path / "store", *urls, **{**defaults, **options})
-            return await stack.enter_async_context(proxy)
-
-        yield run
+def start(start: StartProxy) -> StartProxy:
+    """Return a function that starts proxies, as everywhere, with little patience."""
+    return functools.partial(start, budget=BUDGET, read_timeout=0.4)
 
 
 async def quickly(proxy: InsideProxy, path: str, method: str = "GET") -> Received:
@@ -143,7 +132,7 @@ def lookups(proxy: InsideProxy, entry: StoreEntry = MISSING) -> int:
 
 @troubled
 async def test_cached_paths_are_served(
-    trouble: Trouble, sim: StartSimulator, start: Start, key: SigningKey, tmp_path: Path
+    trouble: Trouble, sim: StartSimulator, start: StartProxy, key: SigningKey, tmp_path: Path
 ) -> None:
     """What was pulled once is served whole, also after a restart, and the upstream hears nothing."""
     cache = await sim(CACHED)
@@ -167,7 +156,7 @@ async def test_cached_paths_are_served(
 
 @troubled
 async def test_missing_paths_are_not_found(
-    trouble: Trouble, sim: StartSimulator, start: Start, key: SigningKey
+    trouble: Trouble, sim: StartSimulator, start: StartProxy, key: SigningKey
 ) -> None:
     """What is not cached is 404 within the budget, in our own words, and is asked for anew each time."""
     cache = await sim(MISSING)
@@ -185,7 +174,7 @@ async def test_missing_paths_are_not_found(
 
 @troubled
 async def test_strictness(
-    trouble: Trouble, sim: StartSimulator, start: Start, key: SigningKey
+    trouble: Trouble, sim: StartSimulator, start: StartProxy, key: SigningKey
 ) -> None:
     """With ``upstream_down = "error"`` the same is 502, and what nobody has is still 404."""
     cache = await sim(MISSING)
@@ -209,7 +198,7 @@ FILES = (
 @pytest.mark.parametrize("strict", [False, True], ids=["not-found", "error"])
 @pytest.mark.parametrize("name", ["refused", "reset", "silent", "401", "429", "503"])
 async def test_other_files(
-    name: str, strict: object, sim: StartSimulator, start: Start, key: SigningKey
+    name: str, strict: object, sim: StartSimulator, start: StartProxy, key: SigningKey
 ) -> None:
     """Listings, logs and foreign NARs fare like narinfos."""
     cache = await sim()
@@ -228,7 +217,7 @@ async def test_other_files(
 @pytest.mark.parametrize("strict", [False, True], ids=["not-found", "error"])
 @pytest.mark.parametrize("name", ["refused", "reset", "silent", "401", "403", "429", "503"])
 async def test_nar_behind_a_known_narinfo(
-    name: str, strict: object, sim: StartSimulator, start: Start, key: SigningKey
+    name: str, strict: object, sim: StartSimulator, start: StartProxy, key: SigningKey
 ) -> None:
     """A NAR that cannot be had is 404 before its first byte, and is there once the upstream is back."""
     cache = await sim(MISSING)
@@ -244,7 +233,7 @@ async def test_nar_behind_a_known_narinfo(
     assert (received.status, received.body) == (200, bytes(MISSING.file))
 
 
-async def test_black_hole(start: Start) -> None:
+async def test_black_hole(start: StartProxy) -> None:
     """An upstream that takes connections and never says a word costs the budget, and no more."""
     with black_hole() as silent:
         proxy = await start(silent, read_timeout=30.0)
@@ -263,7 +252,7 @@ async def test_black_hole(start: Start) -> None:
         assert BUDGET * 0.9 < time.monotonic() - began < BUDGET + SLACK
 
 
-async def test_not_even_http(start: Start) -> None:
+async def test_not_even_http(start: StartProxy) -> None:
     """An upstream that is no HTTP server at all is one that is down."""
     async with serving(says(b"SSH-2.0-OpenSSH_9.2p1\r\n")) as port:
         proxy = await start(f"http://127.0.0.1:{port}")
@@ -271,7 +260,7 @@ async def test_not_even_http(start: Start) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://a..b/x.nar", "http://u:p@[::1]x/", "http://xn--/x.nar"])
-async def test_url_that_is_none(url: str, sim: StartSimulator, start: Start) -> None:
+async def test_url_that_is_none(url: str, sim: StartSimulator, start: StartProxy) -> None:
     """A narinfo whose URL leads nowhere breaks nothing: there is no such NAR."""
     cache = await sim(MISSING.but(fields={"URL": url}))
     proxy = await start(cache)
@@ -282,7 +271,7 @@ async def test_url_that_is_none(url: str, sim: StartSimulator, start: Start) -> 
 
 
 @pytest.mark.parametrize("location", ["http://a..b/", "http://[::1]x/", "", "/\x7f", "gopher://x/"])
-async def test_redirect_to_nowhere(location: str, sim: StartSimulator, start: Start) -> None:
+async def test_redirect_to_nowhere(location: str, sim: StartSimulator, start: StartProxy) -> None:
     """A redirect that leads nowhere is an upstream that is down."""
     cache = await sim(MISSING)
     cache.fault("*", Status(302, b"", {"Location": location}))
@@ -297,7 +286,7 @@ async def test_redirect_to_nowhere(location: str, sim: StartSimulator, start: St
 @troubled
 @pytest.mark.parametrize("preferred", [0, 1], ids=["the other one first", "the troubled one first"])
 async def test_another_upstream_has_it(
-    preferred: int, trouble: Trouble, sim: StartSimulator, start: Start, key: SigningKey
+    preferred: int, trouble: Trouble, sim: StartSimulator, start: StartProxy, key: SigningKey
 ) -> None:
     """While one upstream is in trouble, what another one has is 200, wherever it stands."""
     healthy, ill = await sim(MISSING), await sim(MISSING)
@@ -310,7 +299,7 @@ async def test_another_upstream_has_it(
     assert (await proxy.pull(nar_url)).body == bytes(MISSING.file)
 
 
-async def test_unknown_and_absent(sim: StartSimulator, start: Start) -> None:
+async def test_unknown_and_absent(sim: StartSimulator, start: StartProxy) -> None:
     """While one upstream is down, what the other has not is unknown, so it is not remembered."""
     down, empty = await sim(MISSING), await sim()
     down.down()
@@ -322,7 +311,7 @@ async def test_unknown_and_absent(sim: StartSimulator, start: Start) -> None:
     assert await proxy.nar_url(MISSING.hash_part)
 
 
-async def test_keys_are_a_set(sim: StartSimulator, start: Start, key: SigningKey) -> None:
+async def test_keys_are_a_set(sim: StartSimulator, start: StartProxy, key: SigningKey) -> None:
     """A path signed by another upstream's key is accepted: caches pass on what others signed."""
     other = SigningKey("other-cache-1")
     cache, elsewhere = await sim(MISSING, CACHED, key=other), await sim(OTHER)
