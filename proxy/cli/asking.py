@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ async def _alone(
     config: Config,
     command: str,
     arguments: Mapping[str, Any],
-    progress: Callable[[Mapping[str, Any]], None],
+    progress: Progress,
 ) -> Mapping[str, Any]:
     """Carry out a command on the store, under its lock."""
 
