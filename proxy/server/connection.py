@@ -15,10 +15,10 @@ So nothing can hide in a header's value, in another request's body, or behind a 
 sure goes to aiohttp, on the same connection and in order. What a piece was found to ask for is remembered
 (`Server.requests`), which says nothing of the answer.
 
-Answers are written to the socket itself, past the transport. That is safe because the transport of an idle
-connection has nothing left to write; what the socket does not take at once is left to the transport. After
-a few of them in a row the socket is also read past the transport (`proxy.server.hot_connections`), until
-something else comes.
+Answers are written to the socket itself, past the transport, or sent from files (`proxy.server.shared`). That
+is safe because the transport of an idle connection has nothing left to write; what the socket does not take
+at once is left to the transport. After a few of them in a row the socket is also read past the transport
+(`proxy.server.hot_connections`), until something else comes.
 
 This needs to look into aiohttp's `RequestHandler`. `missing_slots` tells when what it looks at is not there
 (any more); the fast lane then stays closed.
@@ -27,7 +27,6 @@ This needs to look into aiohttp's `RequestHandler`. `missing_slots` tells when w
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -39,6 +38,7 @@ from proxy.server.backend import Audience
 from proxy.server.body import STALL_TIMEOUT
 from proxy.server.fastlane import FastLane, Lookup
 from proxy.server.hot_connections import HotConnections
+from proxy.server.shared import send
 
 KEEPALIVE: Final = 120.0
 """Seconds that an idle connection is kept: longer than Nix keeps it (curl: 118 s), so that Nix never
@@ -251,16 +251,13 @@ class Connection(web.RequestHandler):
         ):
             return False
         look_up = self._requests.get(data) or self._read(data)
-        answer = None if look_up is None else look_up(self)
-        if answer is None:
+        found = None if look_up is None else look_up(self)
+        if found is None:
             return False
         self._next_keepalive_close_time = now + KEEPALIVE
-        try:
-            sent = os.write(self._socket, answer)
-        except OSError:
-            sent = 0  # the transport will find the same, and knows what to do
-        if sent != len(answer) and self.transport is not None:
-            self.transport.write(bytes(answer[sent:]))
+        rest = send(self._socket, found)
+        if rest and self.transport is not None:
+            self.transport.write(rest)
         return True
 
     def take_back(self, data: bytes) -> None:

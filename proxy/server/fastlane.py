@@ -23,6 +23,7 @@ from proxy.nix.store_path import HASH_PART, HashPart
 from proxy.recent import Recent
 from proxy.server.backend import Audience, Cache, HotNarinfo
 from proxy.server.headers import NAR_TYPE, error_headers, file_headers, narinfo_headers, tail
+from proxy.server.shared import OFTEN, SharedAnswer, SharedAnswers
 from proxy.store.files import OpenFile
 
 
@@ -36,9 +37,9 @@ class Asker(Protocol):
     """Whether the look-ahead has been told on this connection that its client asks for NARs."""
 
 
-Lookup = Callable[[Asker], bytearray | None]
+Lookup = Callable[[Asker], bytearray | SharedAnswer | None]
 """Looks up what a request asked for; None where this lane has no answer. What it returns is to be sent before
-anything else is looked up: the date in it is brought up to date in place."""
+anything else is looked up: the date in it is brought up to date in place, and files of answers are closed."""
 
 SMALL_NAR: Final = 128 * 2**10
 """Bytes up to which a NAR is answered here: one write, and nothing left for the transport."""
@@ -87,12 +88,16 @@ class _Count:
 class _SmallNar:
     """A small NAR of the store, in memory as the answer to a request for it."""
 
-    __slots__ = ("answer", "answered_in", "name", "size", "used")
+    __slots__ = ("answer", "answered_in", "name", "requests", "size", "used", "whole")
 
-    def __init__(self, name: NarName, answer: bytearray, size: int) -> None:
+    def __init__(self, name: NarName, whole: bytearray, size: int) -> None:
         self.name = name
-        self.answer = answer
+        self.whole = whole
+        self.answer: bytearray | SharedAnswer = whole
+        """What is sent: all of it, in this second perhaps from a file."""
         self.answered_in = -1.0
+        self.requests = 0
+        """How often it was asked for in this second."""
         self.size = size
         self.used = False
 
@@ -106,7 +111,7 @@ class _NarRequest:
         self._lane = lane
         self._target = target
 
-    def answer(self, asker: Asker) -> bytearray | None:
+    def answer(self, asker: Asker) -> bytearray | SharedAnswer | None:
         """Return the answer. Every line in here is one that all hits pay for."""
         lane = self._lane
         nar = lane.nar(self._target)
@@ -114,6 +119,9 @@ class _NarRequest:
             return None
         if nar.answered_in != lane.second:
             self._refresh(nar)
+        nar.requests += 1
+        if nar.requests == OFTEN:
+            nar.answer = lane.shared.share(nar.whole)
         nar.used = True
         if not asker.fetches:
             asker.fetches = True
@@ -126,8 +134,10 @@ class _NarRequest:
     def _refresh(self, nar: _SmallNar) -> None:
         """Write the date anew, and note that this NAR was used last: once a second, for as long as it is."""
         lane = self._lane
-        nar.answer[_FOUND.date] = lane.date
+        nar.answer = nar.whole
+        nar.whole[_FOUND.date] = lane.date
         nar.answered_in = lane.second
+        nar.requests = 0
         lane.touch_nar(self._target)
 
 
@@ -214,9 +224,11 @@ class FastLane:
         self.absent_until = cache.absent_until
         self.prefetch = prefetch
         self._observer = observer
-        self._nars: Recent[bytes, _SmallNar] = Recent(NAR_BYTES, weigh=lambda nar: len(nar.answer))
+        self._nars: Recent[bytes, _SmallNar] = Recent(NAR_BYTES, weigh=lambda nar: len(nar.whole))
         self.nar = self._nars.peek
         """Returns what is in memory of a NAR, by the target of requests; this counts as no use."""
+        self.shared = SharedAnswers()
+        """NARs that many ask for in this second."""
         self.open = True
         """Whether anything is answered here; not while the daemon stops, since that has to be told."""
         self.now = 0.0
@@ -238,6 +250,7 @@ class FastLane:
             self.second = float(int(now))
             self._next_second = self.second + 1.0
             self.date = formatdate(now, usegmt=True).encode()
+            self.shared.close()
         self.now = self.cache.clock()
         if self._removals != self.cache.removals:  # and one of those that are kept may be gone
             self._removals = self.cache.removals
@@ -300,6 +313,7 @@ class FastLane:
     def forget_nars(self) -> None:
         """Forget the NARs in memory; what was said of them may have changed."""
         self._nars.clear()
+        self.shared.close()
 
     def close(self) -> None:
         """Tell the rest, and forget everything."""

@@ -96,16 +96,20 @@ class Piecewise:
     Args:
         server: What the connection belongs to.
         send_buffer: Bytes that the kernel may hold of what the server sends; None is its default.
+        tcp: Whether it is one of TCP, and not of a Unix socket.
     """
 
-    def __init__(self, server: Connections, *, send_buffer: int | None = None) -> None:
+    def __init__(
+        self, server: Connections, *, send_buffer: int | None = None, tcp: bool = False
+    ) -> None:
         self._server = server
         self._send_buffer = send_buffer
+        self._tcp = tcp
 
     async def __aenter__(self) -> Self:
         """Connect."""
         self._came = bytearray()
-        self._ours, theirs = socket.socketpair()
+        self._ours, theirs = _tcp_pair() if self._tcp else socket.socketpair()
         self._ours.settimeout(0)
         theirs.settimeout(0)
         if self._send_buffer is not None:
@@ -176,6 +180,14 @@ class Piecewise:
         woken = protocol._waiter is not None and protocol._waiter.done()
         asked = woken or bool(protocol._messages) or protocol._request_in_progress
         return self.open and (asked or self.transport.get_write_buffer_size() > 0)
+
+
+def _tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Return the two ends of a connection of TCP."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ours = socket.create_connection(listening.getsockname())
+        theirs, _ = listening.accept()
+    return ours, theirs
 
 
 async def turns(count: int) -> None:
