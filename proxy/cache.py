@@ -107,10 +107,10 @@ class Cache:
         await self._tasks.close()
         await asyncio.to_thread(self._workers.shutdown)
 
-    def recall(self, hash_part: HashPart) -> bool:
-        """Take a narinfo that is known here into memory, without the disk; tell whether it is there now."""
+    def recall(self, hash_part: HashPart) -> bool | None:
+        """Take a narinfo into memory if the disk can be spared; tell whether it is there, None for soon."""
         if not self._store.has_at_hand(hash_part):
-            return False
+            return None
         return self._known.get(hash_part) is not None and self.hot_narinfo(hash_part) is not None
 
     def touch_narinfo(self, hash_part: HashPart) -> None:

@@ -57,8 +57,12 @@ class Cache(Protocol):
     def hot_narinfo(self) -> Callable[[HashPart], HotNarinfo | None]:
         """Returns a path's narinfo if it is in memory; this counts as no use."""
 
-    def recall(self, hash_part: HashPart) -> bool:
-        """Take a narinfo that is known here into memory, without the disk; tell whether it is there now."""
+    def recall(self, hash_part: HashPart) -> bool | None:
+        """Take a narinfo that is known here into memory, without waiting for the disk.
+
+        Returns:
+            Whether it is there now; None when the disk was asked for it.
+        """
 
     def touch_narinfo(self, hash_part: HashPart) -> None:
         """Note that a narinfo in memory is used."""

@@ -188,7 +188,9 @@ class _NarinfoRequest:
         if not lane.open:
             return None
         if expires is None or lane.now >= expires:
-            return self.answer(asker) if lane.cache.recall(self._hash_part) else None
+            recalled = lane.cache.recall(self._hash_part)
+            lane.disk_asked = recalled is None
+            return self.answer(asker) if recalled else None
         if self._absence_second != lane.second and not self._is_absent():
             return None
         lane.absences.requests += 1
@@ -231,6 +233,7 @@ class FastLane:
         """NARs that many ask for in this second."""
         self.open = True
         """Whether anything is answered here; not while the daemon stops, since that has to be told."""
+        self.disk_asked = False
         self.now = 0.0
         """The time, by the cache's clock."""
         self.second = self._next_second = 0.0
@@ -255,6 +258,11 @@ class FastLane:
         if self._removals != self.cache.removals:  # and one of those that are kept may be gone
             self._removals = self.cache.removals
             self.forget_nars()
+
+    def disk_was_asked(self) -> bool:
+        """Tell, once, whether what was looked up last is on its way from the disk."""
+        asked, self.disk_asked = self.disk_asked, False
+        return asked
 
     def lookup(self, target: bytes) -> Lookup | None:
         """Return what looks up a target, now and whenever it is asked for, or None if this lane cannot.

@@ -153,10 +153,10 @@ class RemoteCache:
         """A NAR is fetched ahead of clients: the core is to hear of the first that asks."""
         self._ahead.put(name, True)  # noqa: FBT003  # only the key counts
 
-    def recall(self, hash_part: HashPart) -> bool:
-        """Take a narinfo of the store into memory, without the disk; tell whether it is there now."""
+    def recall(self, hash_part: HashPart) -> bool | None:
+        """Take a narinfo into memory if the disk can be spared; tell whether it is there, None for soon."""
         if not self._store.has_at_hand(hash_part):
-            return False
+            return None
         return self._held(hash_part) is not None and self.hot_narinfo(hash_part) is not None
 
     def touch_narinfo(self, hash_part: HashPart) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 import threading
@@ -15,9 +16,11 @@ from pathlib import Path
 import pytest
 
 from proxy.events import Fault
+from proxy.server.connection import DISK_TURNS, REGULAR
 from proxy.store import pages
 from tests.inside import InsideProxy
-from tests.server.hot import LARGE, LARGE_NAR, NARINFO
+from tests.server.hot import ABSENT, LARGE, LARGE_NAR, NARINFO
+from tests.server.piecewise import through_the_lane
 from tests.wire import Wire
 
 pytestmark = pytest.mark.timeout(60)
@@ -122,6 +125,61 @@ async def test_a_narinfo_that_is_not_in_memory(
             assert not waiting.done()
             slow_disk.answer()
             assert (await waiting).status == 200
+    assert not proxy.observed(Fault)
+
+
+def quick_disk(proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, late: int) -> None:
+    """Forget what is in memory of narinfos, and have the disk give one when it was asked ``late`` times."""
+    looks = itertools.count()
+    monkeypatch.setattr(pages, "are_in_memory", lambda *_: next(looks) >= late)
+    proxy.cache.use(proxy.failover, negative_ttl=60.0)
+
+
+@pytest.mark.parametrize("before", [1, REGULAR + 1], ids=["idle", "hot"])
+@pytest.mark.parametrize("late", [0, 1, DISK_TURNS, DISK_TURNS + 1])
+async def test_a_disk_that_is_quick(
+    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, late: int, before: int
+) -> None:
+    """What the disk gives within a few turns of the event loop is answered past aiohttp."""
+    async with Wire(proxy.url) as reader:
+        answers = [await reader.ask(NARINFO) for _ in range(before)]
+        expected = answers[0].body
+        through = through_the_lane(proxy)
+        quick_disk(proxy, monkeypatch, late)
+        assert (await reader.ask(NARINFO)).body == expected
+        assert through_the_lane(proxy) - through == (late <= DISK_TURNS)
+        for _ in range(REGULAR + 1):
+            assert (await reader.ask(NARINFO)).body == expected
+    assert not proxy.observed(Fault)
+
+
+@pytest.mark.parametrize("before", [1, REGULAR + 1], ids=["idle", "hot"])
+@pytest.mark.parametrize("late", [1, DISK_TURNS, DISK_TURNS + 1])
+async def test_nothing_overtakes_what_waits_for_the_disk(
+    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, late: int, before: int
+) -> None:
+    """A request that comes while another one on its connection waits is answered after it."""
+    async with Wire(proxy.url) as reader:
+        for _ in range(before):
+            assert (await reader.ask(NARINFO)).status == 200
+        quick_disk(proxy, monkeypatch, late)
+        await reader.send(reader.request(NARINFO))
+        await asyncio.sleep(0)  # so that it is looked at
+        await reader.send(reader.request(ABSENT))
+        assert [(await reader.answer()).status for _ in range(2)] == [200, 404]
+    assert not proxy.observed(Fault)
+
+
+async def test_a_client_that_does_not_wait_for_a_quick_disk(
+    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that leaves between two looks leaves nothing behind."""
+    async with Wire(proxy.url) as reader:
+        assert (await reader.ask(NARINFO)).status == 200
+        monkeypatch.setattr(pages, "are_in_memory", lambda *_: False)
+        proxy.cache.use(proxy.failover, negative_ttl=60.0)
+        await reader.send(reader.request(NARINFO))
+    assert (await proxy.pull(NARINFO)).status == 200
     assert not proxy.observed(Fault)
 
 
