@@ -140,7 +140,7 @@ class Store(StoreReader):
         Raises:
             StoreError: The disk failed.
         """
-        path = self.layout.narinfo(hash_part)
+        path = self.layout.narinfo_name(hash_part)
         return None if path in self._quarantine else read(path)
 
     def remembered_narinfo(self, upstream: str, hash_part: HashPart) -> bytes | None:

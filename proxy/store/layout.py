@@ -20,6 +20,7 @@ class Layout:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._prefix = f"{root}/"
         self.cache_info = root / "nix-cache-info"
         self.nars = root / "nar"
         self.pins = root / "pins"
@@ -41,6 +42,10 @@ class Layout:
     def narinfo(self, hash_part: HashPart) -> Path:
         """The narinfo of a path whose NAR is here too."""
         return self.root / f"{hash_part}.narinfo"
+
+    def narinfo_name(self, hash_part: HashPart) -> str:
+        """The same as a text, for whoever is in a hurry."""
+        return f"{self._prefix}{hash_part}.narinfo"
 
     def nar(self, name: NarName) -> Path:
         """A NAR under its final name."""

@@ -42,7 +42,7 @@ def are_in_memory(fd: int, start: int, stop: int) -> bool:
     """
     byte = bytearray(1)
     try:
-        for offset in (*range(start, stop, STRIDE), stop - 1):
+        for offset in (*range(start, stop - 1, STRIDE), stop - 1):
             os.preadv(fd, [byte], offset, os.RWF_NOWAIT)
     except OSError:
         return False

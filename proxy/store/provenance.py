@@ -24,7 +24,7 @@ def label(path: Path, origin: str) -> None:
         os.setxattr(path, ATTRIBUTE, origin.encode())
 
 
-def origin_of(path: Path) -> str:
+def origin_of(path: str | Path) -> str:
     """Return the name of the upstream that a file is from; empty when nobody knows."""
     with contextlib.suppress(OSError):
         name = os.getxattr(path, ATTRIBUTE)

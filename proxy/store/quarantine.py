@@ -31,8 +31,8 @@ class Quarantine:
         self._layout = layout
         self._condemned: set[Path] = set()
 
-    def __contains__(self, path: Path) -> bool:
-        return bool(self._condemned) and path in self._condemned  # to hash a path takes a while
+    def __contains__(self, path: str | Path) -> bool:
+        return bool(self._condemned) and Path(path) in self._condemned  # to hash it takes a while
 
     def replaced(self, path: Path) -> None:
         """There is another file under that name now."""

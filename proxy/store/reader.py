@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
@@ -16,6 +17,9 @@ from proxy.store import pages
 from proxy.store.files import OpenFile, unreadable
 from proxy.store.layout import Layout
 from proxy.store.provenance import origin_of
+
+_PIECE: Final = 2**14
+"""Bytes that are read at once: no narinfo but the oddest has more."""
 
 
 class StoreReader:
@@ -34,15 +38,15 @@ class StoreReader:
         Raises:
             StoreError: The disk failed.
         """
-        return read(self.layout.narinfo(hash_part))
+        return read(self.layout.narinfo_name(hash_part))
 
     def origin(self, hash_part: HashPart) -> str:
         """Return the name of the upstream that a path is from; empty when nobody knows."""
-        return origin_of(self.layout.narinfo(hash_part))
+        return origin_of(self.layout.narinfo_name(hash_part))
 
     def has_at_hand(self, hash_part: HashPart) -> bool:
         """Tell whether a narinfo can be read, or is not there, without waiting for what is in it."""
-        fd = _opened(self.layout.narinfo(hash_part))
+        fd = _opened(self.layout.narinfo_name(hash_part))
         if fd is None:
             return True
         try:
@@ -56,7 +60,7 @@ class StoreReader:
         Raises:
             StoreError: The disk does not answer.
         """
-        fd = _opened(self.layout.narinfo(hash_part))
+        fd = _opened(self.layout.narinfo_name(hash_part))
         if fd is None:
             return
         try:
@@ -92,7 +96,7 @@ class StoreReader:
         return OpenFile.at(path)
 
 
-def _opened(path: Path) -> int | None:
+def _opened(path: str) -> int | None:
     """Open a file that may be there; `read` finds out what is wrong with it."""
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -100,15 +104,22 @@ def _opened(path: Path) -> int | None:
         return None
 
 
-def read(path: Path) -> bytes | None:
+def read(path: str | Path) -> bytes | None:
     """Read a small file, or return None when there is none.
 
     Raises:
         StoreError: The disk failed.
     """
+    pieces = []
     try:
-        return path.read_bytes()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while piece := os.read(fd, _PIECE):
+                pieces.append(piece)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise unreadable(f"cannot read {path.name}", error) from error
+        raise unreadable(f"cannot read {Path(path).name}", error) from error
+    return b"".join(pieces)
