@@ -4,6 +4,10 @@ What refers to itself is garbage that only the collector finds; all else is free
 full collection looks at everything that is kept, and stops the event loop meanwhile: 60 ms with the hot
 narinfos all there. By default it comes whenever that has grown by a quarter, so again and again while they
 fill up.
+
+What decides when to look is how many more objects there are, not how many are new. Where hot narinfos take
+the place of others there are twenty new ones for each that there is more of; so collections are many and
+small.
 """
 
 from __future__ import annotations
@@ -11,13 +15,13 @@ from __future__ import annotations
 import gc
 from typing import Final
 
-YOUNG: Final = 5_000
-"""New objects after which the youngest are looked at: well under a millisecond."""
+YOUNG: Final = 200
+"""More objects after which the youngest are looked at: a millisecond at most."""
 
-YOUNGER: Final = 5
-"""Such collections after which those that outlived one are looked at, too."""
+YOUNGER: Final = 2
+"""Such collections after which those that outlived one are looked at, too: no more than that."""
 
-FULL: Final = 40
+FULL: Final = 2_000
 """Those after which everything is: a million objects that outlived both, so that garbage has a bound."""
 
 
