@@ -15,13 +15,13 @@ from __future__ import annotations
 import gc
 from typing import Final
 
-YOUNG: Final = 200
-"""More objects after which the youngest are looked at: a millisecond at most."""
+YOUNG: Final = 500
+"""More objects after which the youngest are looked at: two milliseconds at most."""
 
 YOUNGER: Final = 2
 """Such collections after which those that outlived one are looked at, too: no more than that."""
 
-FULL: Final = 2_000
+FULL: Final = 800
 """Those after which everything is: a million objects that outlived both, so that garbage has a bound."""
 
 

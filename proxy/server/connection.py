@@ -60,9 +60,8 @@ RECEIVED: Final = 2**16
 """Bytes that are received at once. asyncio would have memory for 256 KiB made each time, which malloc(3)
 gets from the kernel and gives back; that takes longer than a hot request."""
 
-DISK_TURNS: Final = 4
-"""Turns of the event loop in which a narinfo that the disk was asked for is looked for again. A quick disk
-has it by then, for a fraction of what aiohttp takes; for another one a thread waits."""
+DISK_TURNS: Final = 20
+"""Turns of the event loop in which a quick disk is waited for, which costs less than aiohttp and a thread."""
 
 REGULAR: Final = 4
 """Hot requests in a row that make a connection a hot one: to and fro takes as long as a few of them gain."""
