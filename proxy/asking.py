@@ -28,6 +28,8 @@ from proxy.events import Asked, BreakerClosed, BreakerOpened, Observer, Upstream
 from proxy.upstream.breaker import Breaker, Ticket
 from proxy.upstream.remote import Upstream
 
+_UNLIMITED = contextlib.nullcontext()
+
 
 @dataclass(slots=True)
 class Question:
@@ -90,7 +92,7 @@ class Asker:
         outcome, reason = "cancelled", ""
         try:
             limited = ticket.probe and question.asked == "nar"  # who asks for all else sees to it
-            async with asyncio.timeout(self._budget if limited else None):
+            async with asyncio.timeout(self._budget) if limited else _UNLIMITED:
                 yield ticket
         except TimeoutError:
             outcome, reason = UpstreamTimeoutError.outcome, "no answer to a probe in time"

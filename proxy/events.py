@@ -222,6 +222,14 @@ class WorkerEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class PorterEnded:
+    """The process that carries small NARs ended by itself; meanwhile the daemon does its work."""
+
+    pid: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ConfigReloaded:
     """SIGHUP came: the new configuration is in force, or ``error`` says why the old one stays."""
 
@@ -259,6 +267,7 @@ Event = (
     | Forgotten
     | WorkerStarted
     | WorkerEnded
+    | PorterEnded
     | ConfigReloaded
     | Fault
 )

@@ -348,6 +348,8 @@ async def _dismiss(
     tasks: Sequence[asyncio.Task[T]], discard: Callable[[T], Awaitable[None]] | None
 ) -> None:
     """End what is still asking, and dispose of answers that nobody took."""
+    if not tasks:
+        return
     for task in tasks:
         task.cancel()
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
 from proxy.errors import (
     ProxyError,
@@ -32,7 +33,7 @@ from proxy.events import FetchEnded, FetchStarted, Observer, Rejected
 from proxy.reader import Reader
 from proxy.store.incoming import Incoming, Leftover
 from proxy.store.leftovers import MIN_SIZE
-from proxy.supply import Supply, Verifier, read_ahead
+from proxy.supply import WHOLE, Supply, Verifier, read_ahead
 
 HELD_BACK = 64 * 2**10
 """Bytes that readers are behind the verifier. A chunk of LZMA2 is no longer, and where it ends shows whether
@@ -40,10 +41,6 @@ it was damaged, so that most damage of an xz file is noticed before it gets out.
 
 FIRST = 4 * 2**10
 """Bytes that readers get at once, of a larger file: who waits for an answer sees that it has begun."""
-
-WHOLE = 256 * 2**10
-"""Bytes of a file that is not worth streaming: as long as nobody has any of it, another upstream may deliver
-it instead."""
 
 PIECE = 2**20
 """Bytes that are read at once of what was left of a download."""
@@ -136,6 +133,16 @@ class Fetch:
         while self.released <= position and not self._verified:
             await self._change()
         return self.released
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anybody reads."""
+        return self._incoming.is_read
+
+    @property
+    def landing(self) -> Path | None:
+        """Where somebody else may put the whole file; None where that is no way to get it."""
+        return self._incoming.landing
 
     @property
     def leftover(self) -> Leftover | None:
@@ -249,6 +256,10 @@ class Fetch:
         self._wake()
 
     async def _attempt(self, supply: Supply) -> None:
+        self.upstream = supply.upstream
+        if (path := await supply.carry()) is not None:
+            self._incoming.adopt(path)
+            return
         self.upstream = supply.upstream
         finished, verifier = False, await self._begin(supply)
         async with contextlib.aclosing(read_ahead(supply)) as pieces:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from proxy.nix.hashes import Hash
@@ -42,6 +43,15 @@ class Place:
     forget: Callable[[], None]
     blame: Callable[[], None]
 
+    def has_rest_of(self, leftover: Leftover) -> bool:
+        """Tell whether what was left of a download is the beginning of the file here, as far as is known."""
+        origin = leftover.origin
+        if origin.size is not None and leftover.size > origin.size:
+            return False
+        if self.file_hash is not None:
+            return str(self.file_hash) == origin.file_hash
+        return origin.upstream == self.upstream.name and origin.validator is not None
+
 
 class Find(Protocol):
     """Find a place."""
@@ -71,6 +81,16 @@ class Readers(Protocol):
     @property
     def committed(self) -> int:
         """Bytes that they may have read by the time that all is looked at that was passed on."""
+        ...
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anybody reads."""
+        ...
+
+    @property
+    def landing(self) -> Path | None:
+        """Where the whole file may be put, if that is a way to get it."""
         ...
 
     @property

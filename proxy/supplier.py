@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from pathlib import Path
 from typing import TypeVar
 
 from proxy.asking import Question
@@ -23,6 +24,7 @@ from proxy.errors import (
 from proxy.events import NotDecoded, Observer, StoreFailed
 from proxy.failover import Failover
 from proxy.known import KnownPath, KnownPaths
+from proxy.nix.decoders import READABLE
 from proxy.nix.hashes import Hash
 from proxy.nix.nar import NarVerifier
 from proxy.nix.nar_name import NarName
@@ -35,8 +37,15 @@ from proxy.supply import OneAnswer, Promise, Supply, Unverified
 from proxy.tasks import Tasks
 from proxy.transfer import Transfer
 from proxy.upstream.answer import Body as UpstreamBody
+from proxy.upstream.carriage import Cargo
 
 T = TypeVar("T")
+
+CARRIED = 2**20
+"""Bytes of a file that is fetched by another process, whole: nobody waits long for the last of them."""
+
+UNPACKED = 16 * 2**20
+"""Bytes of such a NAR, unpacked: that process does nothing else while it judges one."""
 
 
 class Supplier:
@@ -212,7 +221,7 @@ class Supplier:
                 await self._store.publish_nar(name, partial, known.body, origin=known.origin)
                 known.kept = True
 
-        return Promise(verifier, info.file_size, publish)
+        return Promise(verifier, info.file_size, publish, _cargo(info))
 
     @contextlib.asynccontextmanager
     async def foreign_nar(self, reference: str) -> AsyncIterator[Supply]:
@@ -307,6 +316,22 @@ class Supplier:
             yield
         except StoreError as error:
             self._observer(StoreFailed(what, str(error)))
+
+
+def _cargo(info: VerifiedNarInfo) -> Callable[[Path], Cargo] | None:
+    """Say what a small NAR has to be, if that is all that it takes to judge it."""
+    size, nar_size = info.file_size, info.nar_size
+    small = size is not None and size < CARRIED and nar_size < UNPACKED
+    if size is None or not small or info.compression not in READABLE:
+        return None
+    return lambda path: Cargo(
+        path=str(path),
+        size=size,
+        compression=info.compression,
+        nar_hash=info.nar_hash,
+        nar_size=nar_size,
+        file_hash=info.file_hash,
+    )
 
 
 async def opened(

@@ -5,11 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from proxy.errors import SizeMismatchError, TrustError
 from proxy.store.files import Partial
 from proxy.store.leftovers import Origin
+from proxy.upstream.carriage import Cargo
+
+WHOLE = 256 * 2**10
+"""Bytes of a file that is not worth streaming: as long as nobody has any of it, another upstream may deliver
+it instead."""
 
 
 class Body(Protocol):
@@ -60,11 +66,14 @@ class Promise:
         verifier: Makes what judges it, on a worker thread.
         size: Bytes it must have, when that is known beforehand.
         publish: Takes over the verified partial file; None for a file that nobody keeps.
+        cargo: Says for another process what it has to be, at a place on the disk; None where it is too
+            large for that, or where its size is not known beforehand.
     """
 
     verifier: Callable[[], Verifier]
     size: int | None
     publish: Callable[[Partial], Awaitable[None]] | None
+    cargo: Callable[[Path], Cargo] | None = None
 
     def agreed_size(self, announced: int | None) -> int | None:
         """Take the upstream's word for the size, unless the narinfo's word is another.
@@ -105,6 +114,15 @@ class Supply(Protocol):
         """What the file has to be."""
         ...
 
+    async def carry(self) -> Path | None:
+        """Have the whole file put somewhere, verified; None when it has to be read instead.
+
+        Raises:
+            TrustError: What came is not what was promised.
+            NotFoundError: It is nowhere.
+            UpstreamError: It cannot be had.
+        """
+
     async def read(self) -> bytes | None:
         """Return the next bytes, ``b""`` at the end, None when what came so far is void."""
 
@@ -129,6 +147,9 @@ class OneAnswer:
         self.origin = None
         self.resumed = False
         self._body = body
+
+    async def carry(self) -> None:
+        """It has to be read."""
 
     async def read(self) -> bytes | None:
         """Return the next bytes, or ``b""`` at the end."""

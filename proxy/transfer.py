@@ -7,8 +7,7 @@ Rules:
 - Who sends the whole file again instead is compared with what readers have, and followed from there on.
 - As long as readers have nothing, it may also start over, with another file of the same NarHash.
 - Retries are bounded (`proxy.patience`), and respect breakers.
-
-Whether the bytes are right is for whoever takes them to judge: it starts over, or stops, by `reject`.
+- Whether the bytes are right is for whoever takes them to judge: it starts over, or stops, by `reject`.
 """
 
 from __future__ import annotations
@@ -18,12 +17,16 @@ import time
 from collections.abc import Collection
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from proxy.asking import Asker, Question
+from proxy.carriage import carry, landing_for
 from proxy.errors import (
     NotFoundError,
     ProxyError,
+    StoreError,
     TrustError,
+    UpstreamBrokeOffError,
     UpstreamBusyError,
     UpstreamDeniedError,
     UpstreamError,
@@ -39,14 +42,12 @@ from proxy.upstream import resume
 from proxy.upstream.answer import Body
 from proxy.upstream.breaker import Ticket
 from proxy.upstream.remote import Upstream
-from proxy.upstream.resume import Fit, Received
 
 LEFT = ""
 """Stands for an earlier download among the names of upstreams."""
 
 GETS_SOMEWHERE = 2**18
-"""Bytes after which an answer that breaks off does not count against its upstream: to leave that alone would
-help nobody."""
+"""Bytes after which an answer that breaks off does not count against its upstream: it does deliver."""
 
 
 class Transfer:
@@ -64,6 +65,7 @@ class Transfer:
         self._find = find
         self._asker = asker
         self._readers = readers
+        self._landing: Path | None = None
         self._patience = Patience(time.monotonic())
         self._place: Place | None = None
         self._answer: _Answer | None = None
@@ -115,10 +117,31 @@ class Transfer:
         """
         self._place = await self._find((), None)
         self._resume(self._place)
-        if self._offset == 0 or self._offset != self.size:
+        self._landing = None if self._offset else landing_for(self._place, self._readers)
+        if self._landing is None and (self._offset == 0 or self._offset != self.size):
             await self._connect()
         self.resumed = self.resumed and not self._restarted
         self._restarted = False
+
+    async def carry(self) -> Path | None:
+        """Have the whole file put somewhere: `Supply.carry`. Once, and never from a second choice."""
+        landing, self._landing = self._landing, None
+        if landing is None:
+            return None
+        self._places[self.upstream] = self._at
+        self._givers.add(self.upstream)
+        try:
+            await carry(self._asker, self._what, self._at, landing)
+        except (StoreError, UpstreamBrokeOffError):
+            pass  # it can be read, and if it breaks off then, continued
+        except (NotFoundError, UpstreamError) as error:
+            await self._go_on(error)
+        else:
+            return landing
+        self._givers.clear()
+        await self._connect()
+        self._restarted = False
+        return None
 
     async def read(self) -> bytes | None:
         """Return the next bytes, ``b""`` at the end, None when what came so far is void.
@@ -177,23 +200,16 @@ class Transfer:
 
     async def close(self, *, verified: bool) -> None:
         """Hang up; say whether all of it came, and was right."""
-        if self._answer is not None:
-            answer, self._answer = self._answer, None
-            if verified:
-                self._asker.ended(answer.upstream, answer.ticket, None)
-            await answer.stack.aclose()
+        if verified and self._answer is not None:
+            self._asker.ended(self._answer.upstream, self._answer.ticket, None)
+        await self._hang_up(None)
 
     def _resume(self, place: Place) -> None:
         """Go on with what was left of an earlier download, where that is of the same file."""
         leftover = self._readers.leftover
-        if leftover is None:
+        if leftover is None or not place.has_rest_of(leftover):
             return
         origin = leftover.origin
-        same = place.file_hash is not None and str(place.file_hash) == origin.file_hash
-        by_validator = origin.upstream == place.upstream.name and origin.validator is not None
-        fits = origin.size is None or leftover.size <= origin.size
-        if not fits or not (same or (by_validator and place.file_hash is None)):
-            return
         self.resumed = True
         self.size = origin.size
         self._offset = leftover.size
@@ -223,7 +239,7 @@ class Transfer:
     async def _open(self, place: Place) -> None:
         name = place.upstream.name
         self._places[name] = place
-        received = Received(self._offset, self.size, self._validators.get(name))
+        received = resume.Received(self._offset, self.size, self._validators.get(name))
         ask_whole = name in self._whole_only
         wanted = {} if ask_whole else resume.headers(received, vouched=place.file_hash is not None)
         stack = AsyncExitStack()
@@ -237,11 +253,11 @@ class Transfer:
         self._brought = 0
         self._answer = _Answer(place.upstream, ticket, stack, body)
         match resume.fit(received, body.begins):
-            case Fit.CONTINUES:
+            case resume.Fit.CONTINUES:
                 pass
-            case Fit.COMPARE:
+            case resume.Fit.COMPARE:
                 await self._follow(body)
-            case Fit.CHANGED:
+            case resume.Fit.CHANGED:
                 self._changed(name, body)
         size = self.size if body.size is None else body.size
         self.size = place.promise.size if size is None else size

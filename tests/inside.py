@@ -21,12 +21,14 @@ from proxy.events import Event
 from proxy.failover import Failover, Source
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.signature import Keyring, PublicKey
+from proxy.porter.porter import Porter
 from proxy.prefetch import LookAhead, Prefetch
 from proxy.server.app import Server
 from proxy.server.listening import listening
 from proxy.server.page import Facts
 from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.folder import Store
+from proxy.store.publisher import Publisher
 from proxy.upstream.credentials import Credentials, anonymous
 from proxy.upstream.names import NameFilter
 from proxy.upstream.remote import Upstream
@@ -107,8 +109,12 @@ class InsideProxy:
         limits: Limits = UNLIMITED,
         max_connections: int = 32,
         names: Sequence[NameFilter] = (),
+        porter: Porter | None = None,
     ) -> None:
-        """Take URLs, the most preferred first; ``trust=False`` believes them unsigned."""
+        """Take URLs, the most preferred first; ``trust=False`` believes them unsigned.
+
+        A ``porter`` is closed by whoever made it, when this has stopped.
+        """
         self.folder = folder
         self.events = _Events()
         self.clock = Clock()
@@ -124,11 +130,13 @@ class InsideProxy:
         self._limits = limits
         self._max_connections = max_connections
         self._names = names
+        self._porter = porter
 
     async def start(self) -> Self:
         """Open the store and serve."""
         cache_info = CacheInfo()
-        self.store = Store(self.folder, cache_info, self.events.append, self._limits)
+        publisher = Publisher if self._porter is None else self._porter.publisher
+        self.store = Store(self.folder, cache_info, self.events.append, self._limits, publisher)
         self.failover = self.make_failover(*self._upstreams)
         self.cache = Cache(
             self.store,
@@ -188,6 +196,7 @@ class InsideProxy:
                         read_timeout=read,
                         max_connections=self._max_connections,
                         credentials=self._credentials,
+                        carrier=self._porter,
                     ),
                     self._keyring,
                     self._names[number] if self._names else NameFilter(),

@@ -18,9 +18,9 @@ MODULES = {
     for path in sorted(ROOT.glob("proxy/**/*.py"))
 }
 HOMES = {
-    "aiohttp": ("proxy.server", "proxy.upstream"),
+    "aiohttp": ("proxy.porter.process", "proxy.server", "proxy.upstream"),
     "aiohttp.web": ("proxy.server",),
-    "msgspec": ("proxy.config", "proxy.workers.messages"),
+    "msgspec": ("proxy.config", "proxy.porter.messages", "proxy.wire", "proxy.workers.messages"),
     "nacl": ("proxy.nix.signature",),
     "prometheus_client": ("proxy.metrics",),
     "structlog": ("proxy.cli",),

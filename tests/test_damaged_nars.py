@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from proxy.events import Rejected
-from proxy.fetch import HELD_BACK, WHOLE
+from proxy.fetch import HELD_BACK
 from proxy.nix.nar_name import NarName
 from proxy.places import BLAME_LASTS, Blame
+from proxy.supply import WHOLE
 from tests.closures import SigningKey, StoreEntry
 from tests.conftest import RunDaemon, RunSimulator, StartProxy, StartSimulator
 from tests.faults import Corrupt, Cut, Gate, Stall, Status

@@ -25,12 +25,12 @@ from proxy.errors import (
     UpstreamUnavailableError,
 )
 from proxy.events import Event, FetchEnded, FetchStarted, Rejected
-from proxy.fetch import HELD_BACK, WHOLE, Fetch
+from proxy.fetch import HELD_BACK, Fetch
 from proxy.nix.hashes import Hash
 from proxy.nix.nar import NarVerifier
 from proxy.store.files import Partial
 from proxy.store.incoming import Incoming
-from proxy.supply import OneAnswer, Promise, Supply, Unverified, Verifier
+from proxy.supply import WHOLE, OneAnswer, Promise, Supply, Unverified, Verifier
 
 E = TypeVar("E", bound=Event)
 

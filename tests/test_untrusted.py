@@ -13,9 +13,10 @@ import pytest
 
 from proxy import patience
 from proxy.events import NotDecoded, Rejected, UpstreamAnswered
-from proxy.fetch import HELD_BACK, WHOLE
+from proxy.fetch import HELD_BACK
 from proxy.nix.store_path import parse_hash_part
 from proxy.patience import FIRST_ATTEMPTS
+from proxy.supply import WHOLE
 from tests.blobs import Blob, compress
 from tests.closures import (
     ALPHABET,

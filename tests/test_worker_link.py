@@ -12,8 +12,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from proxy import errors
+from proxy.channel import NONE, Channel
 from proxy.errors import NotFoundError, ProxyError
-from proxy.workers.channel import NONE, Channel
+from proxy.wire import Failed
 from proxy.workers.link import Link, LinkClosedError
 from proxy.workers.messages import (
     Absent,
@@ -22,7 +23,6 @@ from proxy.workers.messages import (
     AskNarinfo,
     Connected,
     Done,
-    Failed,
     Happened,
     Note,
     Question,

@@ -24,6 +24,7 @@ from proxy.nix.cache_info import CacheInfo
 from proxy.nix.signature import Keyring, PublicKey
 from proxy.nix.trust import Trust
 from proxy.prefetch import LookAhead
+from proxy.upstream.carriage import Carrier
 from proxy.upstream.credentials import Credentials, anonymous, basic, bearer, from_netrc
 from proxy.upstream.names import NameFilter
 from proxy.upstream.remote import Upstream
@@ -34,8 +35,13 @@ def cache_info(config: Config) -> CacheInfo:
     return CacheInfo(want_mass_query=True, priority=config.server.priority)
 
 
-async def failover(config: Config, observer: Observer) -> Failover:
+async def failover(config: Config, observer: Observer, carrier: Carrier | None = None) -> Failover:
     """Make the upstreams. They are open, and their owner closes them.
+
+    Args:
+        config: Which.
+        observer: Told of what they answer.
+        carrier: Another process that may ask them, too.
 
     Raises:
         ConfigError: A file with credentials or certificates cannot be used.
@@ -43,7 +49,7 @@ async def failover(config: Config, observer: Observer) -> Failover:
     sources: list[Source] = []
     try:
         for upstream in config.upstreams:
-            sources.append(await _source(upstream, config.trust))  # noqa: PERF401  # closed below
+            sources.append(await _source(upstream, config.trust, carrier))  # noqa: PERF401  # closed below
     except BaseException:
         for source in sources:
             await source.upstream.close()
@@ -87,7 +93,7 @@ def public_keys(config: Config) -> list[str]:
     return list(dict.fromkeys(map(str, keys)))
 
 
-async def _source(config: UpstreamConfig, trust: TrustConfig) -> Source:
+async def _source(config: UpstreamConfig, trust: TrustConfig, carrier: Carrier | None) -> Source:
     try:
         upstream = Upstream(
             config.name,
@@ -97,6 +103,7 @@ async def _source(config: UpstreamConfig, trust: TrustConfig) -> Source:
             max_connections=config.max_connections,
             credentials=await _credentials(config.auth),
             ca_file=config.ca_file,
+            carrier=carrier,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(str(error), key=f"upstream {config.name}") from error

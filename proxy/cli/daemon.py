@@ -26,6 +26,7 @@ from proxy.events import BreakerClosed, ConfigReloaded, Event, Fault, Mode, Mode
 from proxy.failover import Failover
 from proxy.metrics import Metrics
 from proxy.pins import FromUpstreams, Pins
+from proxy.porter.porter import Porter
 from proxy.prefetch import Prefetch
 from proxy.server import collector
 from proxy.server.listening import Address
@@ -66,8 +67,9 @@ class Daemon:
         self._obey_signals()
         _raise_file_limit()
         async with (
-            self._store() as store,
-            self._cache(store) as cache,
+            contextlib.aclosing(Porter(self._observe)) as porter,
+            self._store(porter) as store,
+            self._cache(store, porter) as cache,
             self._prefetch(cache) as prefetch,
         ):
             operations = Operations(
@@ -112,10 +114,10 @@ class Daemon:
         self._stop.set()
 
     @contextlib.asynccontextmanager
-    async def _store(self) -> AsyncIterator[Store]:
+    async def _store(self, porter: Porter) -> AsyncIterator[Store]:
         cache_info = assembly.cache_info(self._config)
         limits = Limits(self._config.store.max_size, self._config.store.min_free)
-        store = Store(self._config.store.path, cache_info, self._observe, limits)
+        store = Store(self._config.store.path, cache_info, self._observe, limits, porter.publisher)
         self._metrics.gauge(
             "store_bytes", "Bytes on disk, as du counts them.", lambda: store.totals.bytes
         )
@@ -129,8 +131,10 @@ class Daemon:
             await store.close()
 
     @contextlib.asynccontextmanager
-    async def _cache(self, store: Store) -> AsyncIterator[Cache]:
-        self._failover = await assembly.failover(self._config, self._observe)
+    async def _cache(self, store: Store, porter: Porter) -> AsyncIterator[Cache]:
+        self._porter = porter
+        self._metrics.count_processes(lambda: filter(None, (porter.pid,)))
+        self._failover = await assembly.failover(self._config, self._observe, porter)
         cache = Cache(
             store,
             self._failover,
@@ -171,7 +175,9 @@ class Daemon:
             core, addresses, config.server.workers, setup(config), hurry=self._hurry
         ) as supervisor:
             self._observers.append(supervisor.observe)
-            self._metrics.count_processes(lambda: supervisor.pids)
+            self._metrics.count_processes(
+                lambda: filter(None, (*supervisor.pids, self._porter.pid))
+            )
             operations.collect = supervisor.flush
             await self._unless_stopped(supervisor.all_listen())
             yield Workers(supervisor)
@@ -230,7 +236,7 @@ class Daemon:
         """Take a new configuration whole, or not at all."""
         try:
             config = self._read_config()
-            failover = await assembly.failover(config, self._observe)
+            failover = await assembly.failover(config, self._observe, self._porter)
         except ConfigError as error:
             self._observe(ConfigReloaded(str(error)))
             return

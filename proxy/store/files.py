@@ -218,6 +218,13 @@ class Partial:
                 self.size = os.lseek(self._fd, 0, os.SEEK_END)
         _claim(self._fd)
 
+    @classmethod
+    def closed(cls, path: Path, size: int) -> Self:
+        """Stand for a file that is complete, to be published or discarded."""
+        partial = cls.__new__(cls)
+        partial.path, partial.size, partial.note, partial._fd = path, size, None, -1  # noqa: SLF001
+        return partial
+
     def append(self, data: bytes) -> None:
         """Write all of ``data`` behind what is there.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import itertools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,24 +21,21 @@ from proxy.nix.trust import Trust
 from proxy.store.database import Totals
 from proxy.store.eviction import UNLIMITED, Limits
 from proxy.store.files import OpenFile, Partial, disk
+from proxy.store.ground import Ground
 from proxy.store.incoming import Incoming
 from proxy.store.index import Index
-from proxy.store.leftovers import Lasting, Leftovers
-from proxy.store.lock import FolderLock, refuse_foreign
+from proxy.store.leftovers import Lasting
 from proxy.store.pins import PinFiles
-from proxy.store.publisher import Publication, Publisher, Rename
+from proxy.store.publisher import MakePublisher, Publication, Publisher, Rename
 from proxy.store.quarantine import Quarantine
 from proxy.store.reader import StoreReader, read
 from proxy.store.remembered import Remembered
-from proxy.store.scan import has_nar, remove_leftovers
+from proxy.store.scan import has_nar
 from proxy.store.verification import Verification
 from proxy.store.watch import Watch
 
 TIDY_EVERY = 3600.0
 """Seconds after which unfinished downloads are looked through again."""
-
-PROBE = 64 * 2**10
-"""Bytes written to find out whether the disk keeps anything."""
 
 
 class Store(StoreReader):
@@ -52,6 +48,7 @@ class Store(StoreReader):
         cache_info: What the folder's own ``nix-cache-info`` says.
         observer: Told of what is published and evicted, and of what fails.
         limits: What the folder may take.
+        publisher: Makes what gives final names.
 
     Raises:
         StoreLockedError: Another daemon has the folder.
@@ -64,31 +61,17 @@ class Store(StoreReader):
         cache_info: CacheInfo,
         observer: Observer,
         limits: Limits = UNLIMITED,
+        publisher: MakePublisher = Publisher,
     ) -> None:
         super().__init__(root)
         self.limits, self.pins = limits, PinFiles(self.layout)
         self._observer = observer
         self._loop = asyncio.get_running_loop()
-        self._serial = itertools.count()
-        self._cache_info = cache_info.format()
-        self.renewals = 0
-        """How often the folder was made anew, because somebody had removed it."""
+        self._ground = Ground(self.layout, cache_info)
         self._quarantine = Quarantine(self.layout)
-        self._leftovers = Leftovers(self.layout.partials)
-        with disk(f"cannot use {root} as the store"):
-            refuse_foreign(root)
-            self._make_folders()
-            self._lock = FolderLock(self.layout)
-            try:
-                remove_leftovers(self.layout)
-                self._leftovers.tidy()
-                self._write(self.layout.cache_info, self._cache_info, durable=True)
-            except BaseException:
-                self._lock.release()
-                raise
         self.on_evicted: Callable[[str], None] = lambda _name: None
         """Called with the file name of each NAR that was evicted."""
-        self._watch = Watch(self._probe, observer)
+        self._watch = Watch(self._ground.probe, observer)
         self.index = Index(
             self.layout,
             self._on_index_failure,
@@ -97,9 +80,14 @@ class Store(StoreReader):
             pinned=self.pins.hash_parts(),
             on_vanished=self._watch.suspected,
         )
-        self._publisher = Publisher(self._on_published)
+        self._publisher = publisher(self._on_published)
         self._tidying = self._loop.call_later(TIDY_EVERY, self._tidy)
         self._remembered = Remembered(self.layout, self._write_remembered, self._on_not_remembered)
+
+    @property
+    def renewals(self) -> int:
+        """How often the folder was made anew, because somebody had removed it."""
+        return self._ground.renewals
 
     @property
     def not_keeping(self) -> str:
@@ -132,7 +120,7 @@ class Store(StoreReader):
         await self._remembered.close()
         await asyncio.to_thread(self._publisher.close)
         await asyncio.to_thread(self.index.close)
-        self._lock.release()
+        self._ground.release()
 
     def narinfo(self, hash_part: HashPart) -> bytes | None:
         """Return the narinfo of a path whose NAR is here too: `StoreReader.narinfo`.
@@ -221,8 +209,9 @@ class Store(StoreReader):
         Args:
             name: Of the NAR that it is, if it may be left unfinished, and what was left may be gone on with.
         """
-        lasting = None if name is None else Lasting(self._leftovers, self.partial, str(name))
-        return Incoming(None if self.not_keeping else self.partial, self._on_refused, lasting)
+        lasting = None if name is None else Lasting(self._ground.leftovers, self.partial, str(name))
+        start = None if self.not_keeping else self.partial
+        return Incoming(start, self._on_refused, lasting, self._ground.new_path)
 
     def partial(self) -> Partial:
         """Start a file that can be published later.
@@ -230,7 +219,7 @@ class Store(StoreReader):
         Raises:
             StoreError: The disk failed.
         """
-        return Partial(self._new_path())
+        return self._ground.partial()
 
     async def publish_nar(
         self, name: NarName, partial: Partial, narinfo: bytes, *, origin: str
@@ -308,32 +297,12 @@ class Store(StoreReader):
         self._loop.call_soon_threadsafe(self._observer, StoreFailed("a download", str(error)))
         self._watch.failed()
 
-    def _probe(self) -> None:
-        """Write, flush and remove a small file. Called on a thread.
-
-        Raises:
-            StoreError: The disk keeps nothing.
-        """
-        with disk(f"cannot use {self.layout.root} as the store"):
-            self._lock.check_folder()
-            self._make_folders()
-            self.renewals += self._lock.keep()
-        partial = self.partial()
-        try:
-            partial.append(bytes(PROBE))
-            partial.flush()
-        finally:
-            partial.discard()
-        if not self.layout.cache_info.exists():
-            with disk("cannot write nix-cache-info"):
-                self._write(self.layout.cache_info, self._cache_info, durable=True)
-
     def _tidy(self) -> None:
-        self._leftovers.forget_old()
+        self._ground.leftovers.forget_old()
         self._tidying = self._loop.call_later(TIDY_EVERY, self._tidy)
 
     def _on_published(self, publication: Publication) -> None:
-        """Called on the publisher's thread."""
+        """Called on the publisher's thread, or on the event loop."""
         first = publication.renames[0].target
         there = first.suffix != ".narinfo" or has_nar(self.layout, first)
         for rename in publication.renames:
@@ -346,7 +315,7 @@ class Store(StoreReader):
 
     def _write_remembered(self, path: Path, text: bytes) -> None:
         """Called on a thread."""
-        self._write(path, text)
+        self._ground.write(path, text)
         self.index.remembered(path)
 
     def _on_not_remembered(self, path: Path, error: StoreError) -> None:
@@ -379,22 +348,4 @@ class Store(StoreReader):
 
     def _described(self, name: NarName, narinfo: bytes) -> Rename:
         """Say that a NAR's narinfo is to be written."""
-        return Rename(self._new_path(), self.layout.narinfo(name.hash_part), narinfo)
-
-    def _new_path(self) -> Path:
-        return self.layout.partials / str(next(self._serial))
-
-    def _write(self, path: Path, content: bytes, *, durable: bool = False) -> None:
-        """Replace a small file in one step."""
-        partial = self.partial()
-        try:
-            partial.append(content)
-            if durable:
-                partial.flush()
-            partial.path.replace(path)
-        finally:
-            partial.discard()
-
-    def _make_folders(self) -> None:
-        for folder in self.layout.folders:
-            folder.mkdir(parents=True, exist_ok=True)
+        return Rename(self._ground.new_path(), self.layout.narinfo(name.hash_part), narinfo)

@@ -17,10 +17,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from proxy.errors import StoreError
-from proxy.store.files import Partial, disk
+from proxy.store.files import OpenFile, Partial, disk
 from proxy.store.leftovers import Origin
 
 SEGMENT = 2**20
@@ -72,6 +73,7 @@ class Incoming:
             known to take nothing.
         on_failure: Called on the writer's thread when the disk refuses; from then on it is not asked.
         lasting: What makes it a file that can be left unfinished, and continued later.
+        new_path: Names a partial file that somebody else writes.
     """
 
     def __init__(
@@ -79,11 +81,13 @@ class Incoming:
         start: Callable[[], Partial] | None,
         on_failure: Callable[[StoreError], None],
         lasting: Lasting | None = None,
+        new_path: Callable[[], Path] | None = None,
     ) -> None:
         self.size = 0
         """Bytes that have arrived."""
         self._start = start
         self._lasting = lasting
+        self._new_path = new_path
         self.leftover: Leftover | None = None
         """What was left of the file earlier, as long as nothing else has arrived."""
         self._on_failure = on_failure
@@ -153,6 +157,26 @@ class Incoming:
         if self._start is None:
             self._append_to_memory(data)
         self.size += len(data)
+
+    @property
+    def landing(self) -> Path | None:
+        """Where somebody else may put the whole file, for `adopt`; None where that is no way to get it."""
+        if self._start is None or self._partial is not None or self._new_path is None:
+            return None
+        return self._new_path()
+
+    def adopt(self, path: Path) -> None:
+        """Take the whole file from where somebody else has put it.
+
+        Raises:
+            StoreError: It is not there, or there are no descriptors left.
+        """
+        file = OpenFile.at(path)
+        if file is None:
+            raise StoreError("what was put there is gone")
+        self._partial = Partial.closed(path, file.size)
+        self._add(file.fd, in_memory=False)
+        self.size = file.size
 
     def recall(self, count: int) -> bytes:
         """Take the next bytes from what was left; return them, to be verified.

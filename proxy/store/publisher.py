@@ -16,6 +16,7 @@ first failure, so that a second ``fsync`` would succeed without the bytes being 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from proxy.errors import StoreError
 from proxy.store.files import Partial
@@ -65,6 +67,20 @@ class Publication:
     superseded: tuple[Path, ...] = ()
     done: Future[None] = field(default_factory=Future)
     """Resolves when everything is on the disk; fails with `StoreError`."""
+
+
+class Publishing(Protocol):
+    """What gives final names: a `Publisher`, or somebody who has one in another process."""
+
+    def submit(self, publication: Publication) -> Future[None] | asyncio.Future[None]:
+        """Queue a publication, on the event loop, and return its future, which nobody may cancel."""
+
+    def close(self) -> None:
+        """Publish what is queued, then stop. Blocks; call it off the event loop."""
+
+
+MakePublisher = Callable[[Callable[[Publication], None]], Publishing]
+"""Makes it, given what is called for each success before its future resolves, on any thread."""
 
 
 class Publisher:

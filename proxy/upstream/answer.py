@@ -20,6 +20,7 @@ from proxy.errors import (
     UpstreamUnavailableError,
 )
 from proxy.nix.decoders import decoder
+from proxy.upstream.carriage import Head
 from proxy.upstream.resume import beginning
 
 MAX_FILE = 256 * 2**20
@@ -176,7 +177,7 @@ async def drain(response: aiohttp.ClientResponse) -> None:
                     return
 
 
-def retry_after(response: aiohttp.ClientResponse) -> float:
+def retry_after(response: Head) -> float:
     """Return the seconds of ``Retry-After`` (RFC 9110 §10.2.3); 0 when there are none to be read."""
     text = response.headers.get("Retry-After", "").strip()
     if re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):

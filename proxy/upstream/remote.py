@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import ssl
 import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
@@ -25,10 +24,10 @@ from pathlib import Path
 import aiohttp
 import yarl
 
-from proxy import __version__
 from proxy.errors import (
     NotFoundError,
     ParseError,
+    StoreError,
     UpstreamBusyError,
     UpstreamDeniedError,
     UpstreamProtocolError,
@@ -40,8 +39,10 @@ from proxy.nix.narinfo import NarInfo
 from proxy.nix.store_path import HashPart
 from proxy.upstream.answer import Body, drain, retry_after, translated
 from proxy.upstream.breaker import Breaker
+from proxy.upstream.carriage import OK, PAGE, Cargo, Carrier, Head, Order
 from proxy.upstream.credentials import Credentials, anonymous
 from proxy.upstream.reference import resolved
+from proxy.upstream.session import HEADERS, session
 from proxy.upstream.slots import Slots
 
 MAX_REDIRECTS = 5
@@ -49,16 +50,12 @@ MAX_REDIRECTS = 5
 MAX_NARINFO = 4 * 2**20
 """Bytes; a path with 10,000 references has a narinfo of about 600 kB."""
 
-READ_BUFFER = 2**18
-"""Bytes that the HTTP client buffers for a connection before it stops reading from the socket."""
-
 NAR_SHARE = 0.5
 """Part of an upstream's connections that NARs may take, so that a narinfo never waits for a NAR."""
 
 SLOT_TIMEOUT = 240.0
 """Seconds to wait for a connection; Nix gives up a download after 300 s without a byte."""
 
-_OK = 200
 _PARTIAL = 206
 _SERVER_ERRORS = 500
 _ABSENT = {404, 410}
@@ -68,6 +65,8 @@ _REDIRECTS = {301, 302, 303, 307, 308}
 _BUSY = {408, 429}
 _SCHEMES_AFTER = {"https": ("https",), "http": ("http", "https")}
 _PLAIN_URL = re.compile(r"[!-~]+")
+_SIMPLE = re.compile(r"[\w+=-][\w.+=-]*(?:/[\w+=-][\w.+=-]*)*", re.ASCII)
+"""A reference that there is nothing to resolve in, as nearly all are: no dots, scheme, authority or query."""
 
 
 class Upstream:
@@ -81,6 +80,7 @@ class Upstream:
         max_connections: Connections open at once.
         credentials: Who we are to it.
         ca_file: Certificates to trust instead of the system's.
+        carrier: Another process that may ask it, too.
 
     Raises:
         OSError: ``ca_file`` cannot be read or holds no certificate.
@@ -96,9 +96,11 @@ class Upstream:
         max_connections: int = 32,
         credentials: Credentials = anonymous,
         ca_file: Path | None = None,
+        carrier: Carrier | None = None,
     ) -> None:
         self.name = name
         self.url = url
+        self.carrier = carrier
         self.breaker = Breaker()
         """Whether it may be asked: `proxy.asking` obeys."""
         self._origin = yarl.URL(url).origin()
@@ -108,17 +110,13 @@ class Upstream:
         self._header_timeout = connect_timeout + read_timeout
         self._slots = Slots(max_connections)
         self._nar_slots = Slots(max(1, int(max_connections * NAR_SHARE)))
-        tls = ssl.create_default_context(cafile=ca_file) if ca_file else True
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=max_connections, ttl_dns_cache=300, ssl=tls),
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=connect_timeout, sock_read=read_timeout
-            ),
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"User-Agent": f"nix-cache-proxy/{__version__}", "Accept": "*/*"},
-            skip_auto_headers=("Accept-Encoding",),
-            read_bufsize=READ_BUFFER,
+        self._ca_file = None if ca_file is None else str(ca_file)
+        self._timeouts = connect_timeout, read_timeout
+        self._session = session(
+            ca_file=self._ca_file,
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
+            max_connections=max_connections,
         )
 
     def __repr__(self) -> str:
@@ -182,6 +180,39 @@ class Upstream:
             self._refuse_coding(response)
             yield Body(self.name, response)
 
+    async def carry(self, reference: str, cargo: Cargo) -> None:
+        """Have a NAR put where it belongs, verified, by another process.
+
+        Args:
+            reference: The URL of its narinfo, as for `nar`.
+            cargo: What it has to be, and where it goes.
+
+        Raises:
+            NotFoundError: It is not there.
+            UpstreamError: Anything else went wrong.
+            TrustError: What came is not what it has to be.
+            StoreError: It could not be written, or the carrier is gone.
+        """
+        if self.carrier is None:
+            raise StoreError("nobody carries anything")
+        url = self.resolve(reference)
+        async with self._slot(self._nar_slots), self._slot(self._slots):
+            for _ in range(MAX_REDIRECTS + 1):
+                head = await self.carrier.carry(self._order(url), cargo)
+                if head.status not in _REDIRECTS:
+                    self._check_status(head)
+                    self._refuse_page(head)
+                    self._refuse_coding(head)
+                    return
+                url = self._step(url, head.headers.get("Location", ""))
+        raise UpstreamProtocolError(self.name, f"more than {MAX_REDIRECTS} redirects")
+
+    def _order(self, url: str) -> Order:
+        target = yarl.URL(url, encoded=True)
+        headers = {**HEADERS, **self._authorization(url, target)}
+        proxy = self._forward_proxy(target)
+        return Order(self.name, url, headers, proxy, self._ca_file, *self._timeouts)
+
     async def nar_size(self, reference: str) -> int | None:
         """Ask how many bytes a NAR has without fetching it; None when the upstream does not say.
 
@@ -201,6 +232,8 @@ class Upstream:
         Raises:
             UpstreamProtocolError: It is no http(s) URL, or would give up TLS.
         """
+        if _SIMPLE.fullmatch(reference):
+            return f"{self.url}/{reference}"
         return self._step(f"{self.url}/", reference)
 
     def _step(self, base: str, reference: str) -> str:
@@ -227,7 +260,7 @@ class Upstream:
                 async with asyncio.timeout(self._header_timeout):
                     response = await self._send(method, url, headers)
             try:
-                if response.status not in (_OK, _PARTIAL):
+                if response.status not in (OK, _PARTIAL):
                     await drain(response)
                 if response.status not in _REDIRECTS:
                     if response.status != _PARTIAL or "Range" not in headers:
@@ -241,20 +274,22 @@ class Upstream:
 
     async def _send(self, method: str, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
         target = yarl.URL(url, encoded=True)
-        host = (target.host or "").lower()
-        is_own = url.startswith(self._own) or target.origin() == self._origin
-        authorization = self._credentials(host, is_own)
-        if authorization is not None:
-            headers = {**headers, "Authorization": authorization}
         if self._session.closed:
             raise UpstreamUnavailableError(self.name, "it is not configured any more")
         return await self._session.request(
             method,
             target,
-            headers=headers,
+            headers={**headers, **self._authorization(url, target)},
             allow_redirects=False,
             proxy=self._forward_proxy(target),
         )
+
+    def _authorization(self, url: str, target: yarl.URL) -> dict[str, str]:
+        """Return who we are to whoever answers under a URL."""
+        host = (target.host or "").lower()
+        is_own = url.startswith(self._own) or target.origin() == self._origin
+        authorization = self._credentials(host, is_own)
+        return {} if authorization is None else {"Authorization": authorization}
 
     def _forward_proxy(self, url: yarl.URL) -> str | None:
         """Return the proxy that the environment wants for a URL (``https_proxy``, ``no_proxy``, …)."""
@@ -263,9 +298,9 @@ class Upstream:
             return None
         return proxy if "://" in proxy else f"http://{proxy}"  # as curl reads it
 
-    def _check_status(self, response: aiohttp.ClientResponse) -> None:
+    def _check_status(self, response: Head) -> None:
         status = response.status
-        if status == _OK:
+        if status == OK:
             return
         if status in _ABSENT:
             raise NotFoundError(f"{self.name} answered {status}")
@@ -278,12 +313,12 @@ class Upstream:
             raise UpstreamBusyError(self.name, f"answered {status}", wait)
         raise UpstreamProtocolError(self.name, f"answered {status}")
 
-    def _refuse_page(self, response: aiohttp.ClientResponse) -> None:
+    def _refuse_page(self, response: Head) -> None:
         """A page, of a login or of maintenance, is no file of a binary cache, whatever its status."""
-        if response.content_type == "text/html":
+        if response.content_type == PAGE:
             raise UpstreamProtocolError(self.name, "sent a page of HTML")
 
-    def _refuse_coding(self, response: aiohttp.ClientResponse) -> None:
+    def _refuse_coding(self, response: Head) -> None:
         """A NAR with a content coding has neither the FileHash nor the size of its narinfo."""
         coding = response.headers.get("Content-Encoding", "identity")
         if coding != "identity":

@@ -15,9 +15,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from proxy.channel import NONE, close
 from proxy.errors import StoreError
 from proxy.store.files import disk
-from proxy.workers.channel import NONE, close
 from proxy.workers.messages import Given
 
 

@@ -9,8 +9,9 @@ from typing import Final
 from proxy.answers import File
 from proxy.errors import ProxyError
 from proxy.store.files import disk
+from proxy.wire import Failed
 from proxy.workers.link import Link
-from proxy.workers.messages import Broken, Failed, Progress, Segment, Whole
+from proxy.workers.messages import Broken, Progress, Segment, Whole
 
 SEGMENTS: Final = 4
 """Segments of memory that a worker may hold of one file, where the disk does not take it."""

@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from proxy.channel import NONE, Channel, close
 from proxy.errors import ProxyError
-from proxy.workers.channel import NONE, Channel, close
+from proxy.wire import Failed
 from proxy.workers.messages import (
     Answer,
     Call,
-    Failed,
     Note,
     Notes,
     Question,

@@ -1,26 +1,20 @@
 """What the core and its workers say to each other, and how that is written: typed MessagePack.
 
 Nothing here can make the other side run code, as pickled objects could; what does not fit its type is not
-read at all. Errors arrive as the class that was raised, so that statuses and logs do not depend on which
-process they were raised in.
+read at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final, Literal, TypeAlias, TypeVar, get_args
 
-from msgspec import DecodeError, Raw, Struct, msgpack
+from msgspec import DecodeError, Raw, msgpack
 
-from proxy.errors import ProxyError
 from proxy.events import Event, Result
 from proxy.server.page import Facts
+from proxy.wire import Failed, Message
 
 M = TypeVar("M", bound="Message")
-
-
-class Message(Struct, frozen=True, array_like=True, tag=True):
-    """Something that is said."""
 
 
 # --- a worker asks ------------------------------------------------------------------------------
@@ -116,34 +110,6 @@ class Metrics(Message, frozen=True):
 
     body: bytes
     content_type: str
-
-
-class Failed(Message, frozen=True):
-    """An error: its class, its message, its attributes. A ``kind`` that is empty is a fault of ours."""
-
-    kind: str
-    message: str
-    details: dict[str, str | int | float | None] = {}
-
-    @classmethod
-    def of(cls, error: ProxyError) -> Failed:
-        """Write down an error."""
-        details = {
-            name: value
-            for name, value in vars(error).items()
-            if isinstance(value, str | int | float | None)
-        }
-        return cls(type(error).__name__, str(error), details)
-
-    def error(self) -> Exception:
-        """Return the error as it was raised."""
-        kind = _ERRORS.get(self.kind)
-        if kind is None:
-            return RuntimeError(self.message)
-        error = kind.__new__(kind)
-        error.args = (self.message,)
-        vars(error).update(self.details)
-        return error
 
 
 class Done(Message, frozen=True):
@@ -387,11 +353,4 @@ def expect(kind: type[M], answer: Answer) -> M:
     return answer
 
 
-def _tree(kind: type[ProxyError]) -> Iterator[type[ProxyError]]:
-    yield kind
-    for below in kind.__subclasses__():
-        yield from _tree(below)
-
-
-_ERRORS: Final = {kind.__name__: kind for kind in _tree(ProxyError)}
 _EVENTS: Final = {kind.__name__: kind for kind in get_args(Event)}

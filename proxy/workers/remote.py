@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from proxy.answers import Content, File
+from proxy.channel import NONE, close
 from proxy.errors import NotFoundError, ParseError, StoreError, TrustError
 from proxy.events import COALESCED, HIT, Result
 from proxy.nix import narinfo
@@ -29,7 +30,6 @@ from proxy.recent import Recent
 from proxy.store.files import OpenFile, closed_on_failure, disk
 from proxy.store.reader import StoreReader
 from proxy.workers.arrival import Arrival
-from proxy.workers.channel import NONE, close
 from proxy.workers.link import Link
 from proxy.workers.messages import (
     Absent,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from proxy.answers import Content
 from proxy.cache import Cache
+from proxy.channel import NONE
 from proxy.errors import NotFoundError
 from proxy.events import Observer
 from proxy.nix.nar_name import NarName
@@ -18,7 +19,6 @@ from proxy.nix.store_path import parse_hash_part
 from proxy.prefetch import Prefetch
 from proxy.server.backend import Operations
 from proxy.store.files import OpenFile, disk
-from proxy.workers.channel import NONE
 from proxy.workers.follower import Follower
 from proxy.workers.link import Link
 from proxy.workers.messages import (

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
-import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from proxy.errors import ProxyError
 from proxy.events import Event, FetchingAhead, Forgotten, WorkerEnded, WorkerStarted
 from proxy.server.listening import LINGER, Address
+from proxy.spawn import ending, spawn
 from proxy.workers.link import LinkClosedError
 from proxy.workers.messages import (
     Ahead,
@@ -139,7 +137,10 @@ class Supervisor:
         service = Service(self._core, ours, self._listening[number].set)
         try:
             with theirs:
-                process = await self._start(theirs, self._listeners.of(number))
+                listeners = self._listeners.of(number)
+                process = await spawn(
+                    "proxy.workers", theirs, *listeners, stdin=encode(self._setup)
+                )
         except OSError as error:
             await service.close()
             return 0, f"it cannot be started: {error.strerror}"
@@ -152,26 +153,7 @@ class Supervisor:
         finally:
             del self._services[number], self._processes[number]
             await service.close()
-        return process.pid, _ending(status)
-
-    async def _start(
-        self, core: socket.socket, listeners: Sequence[socket.socket]
-    ) -> asyncio.subprocess.Process:
-        fds = [core.fileno(), *(listener.fileno() for listener in listeners)]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # modules come from where ours do, and never from the current folder
-            "-m",
-            "proxy.workers",
-            *map(str, fds),
-            stdin=asyncio.subprocess.PIPE,
-            pass_fds=fds,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        if process.stdin is not None:  # as it is, having been asked for
-            process.stdin.write(encode(self._setup))
-            process.stdin.close()
-        return process
+        return process.pid, ending(status)
 
     def _tell_all(self, note: Note) -> None:
         for service in self._services.values():
@@ -201,12 +183,3 @@ async def supervised(
         yield supervisor
     finally:
         await supervisor.stop(hurry)
-
-
-def _ending(status: int) -> str:
-    if status >= 0:
-        return f"it ended with status {status}"
-    try:
-        return f"it was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"it was ended by signal {-status}"

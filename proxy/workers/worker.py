@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from proxy.channel import NONE
 from proxy.events import Event, Fault
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.signature import Keyring, PublicKey
@@ -26,7 +27,6 @@ from proxy.server.listening import listening
 from proxy.server.page import Facts
 from proxy.store.reader import StoreReader
 from proxy.workers.audience import Audience
-from proxy.workers.channel import NONE
 from proxy.workers.link import Link
 from proxy.workers.messages import (
     Ahead,

@@ -30,7 +30,9 @@ class Kept:
         )
 
     def _write(self, path: Path, text: bytes) -> None:
-        path.write_bytes(text)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(text)
+        partial.replace(path)
 
     @property
     def written(self) -> set[str]:

@@ -13,7 +13,9 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Generic, TypeVar
+
+T = TypeVar("T")
 
 _HEAD: Final = struct.Struct("!I?")
 _PIECE: Final = 256 * 2**10
@@ -142,6 +144,31 @@ class Channel:
         if not self.closed:
             self.close()
             self._on_end()
+
+
+class Outbox(Generic[T]):
+    """Sends what is put into it in one frame, at the end of each turn of the event loop.
+
+    Args:
+        channel: Where it goes.
+        encode: Writes a batch.
+    """
+
+    def __init__(self, channel: Channel, encode: Callable[[list[T]], bytes]) -> None:
+        self._channel = channel
+        self._encode = encode
+        self._loop = asyncio.get_running_loop()
+        self._batch: list[T] = []
+
+    def put(self, item: T) -> None:
+        """Send something, soon."""
+        if not self._batch:
+            self._loop.call_soon(self._send)
+        self._batch.append(item)
+
+    def _send(self) -> None:
+        batch, self._batch = self._batch, []
+        self._channel.send(self._encode(batch))
 
 
 def _send(sock: socket.socket, data: memoryview, fd: int) -> int:

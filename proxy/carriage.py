@@ -1,0 +1,49 @@
+"""Small NARs that another process fetches whole: which they are, and how that is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from proxy.asking import Asker, Question
+from proxy.errors import StoreError, TrustError
+from proxy.places import Place, Readers
+from proxy.supply import WHOLE
+from proxy.upstream.breaker import State
+
+
+def landing_for(place: Place, readers: Readers) -> Path | None:
+    """Return where a file may be put by another process; None where it has to be read here.
+
+    Who waits for a file is to see it arrive, unless it is small. And an upstream that is asked again after a
+    failure has to answer soon, which only the beginning of an answer tells.
+    """
+    promise, upstream = place.promise, place.upstream
+    if promise.cargo is None or promise.size is None:
+        return None
+    if readers.waiting and promise.size > WHOLE:
+        return None
+    if upstream.carrier is None or upstream.breaker.state is not State.CLOSED:
+        return None
+    return readers.landing if upstream.carrier.at_hand else None
+
+
+async def carry(asker: Asker, what: str, place: Place, landing: Path) -> None:
+    """Have a NAR put somewhere, verified.
+
+    Raises:
+        TrustError: What came is not what was promised.
+        NotFoundError: It is not there.
+        UpstreamError: It could not be had.
+        StoreError: It could not be written, or there is nobody to do it any more.
+    """
+    if place.promise.cargo is None:
+        raise StoreError("it is too much to be carried")
+    wrong: TrustError | None = None
+    async with asker.asking(place.upstream, Question("nar", what)) as ticket:
+        try:
+            await place.upstream.carry(place.url, place.promise.cargo(landing))
+        except TrustError as error:
+            wrong = error  # it did answer
+    asker.ended(place.upstream, ticket, wrong)
+    if wrong is not None:
+        raise wrong
