@@ -7,20 +7,17 @@ from pathlib import Path
 from proxy.asking import Asker, Question
 from proxy.errors import StoreError, TrustError
 from proxy.places import Place, Readers
-from proxy.supply import WHOLE
 from proxy.upstream.breaker import State
 
 
 def landing_for(place: Place, readers: Readers) -> Path | None:
     """Return where a file may be put by another process; None where it has to be read here.
 
-    Who waits for a file is to see it arrive, unless it is small. And an upstream that is asked again after a
-    failure has to answer soon, which only the beginning of an answer tells.
+    An upstream that is asked again after a failure has to answer soon, which only the beginning of an answer
+    tells.
     """
     promise, upstream = place.promise, place.upstream
     if promise.cargo is None or promise.size is None:
-        return None
-    if readers.waiting and promise.size > WHOLE:
         return None
     if upstream.carrier is None or upstream.breaker.state is not State.CLOSED:
         return None

@@ -135,11 +135,6 @@ class Fetch:
         return self.released
 
     @property
-    def waiting(self) -> bool:
-        """Whether anybody reads."""
-        return self._incoming.is_read
-
-    @property
     def landing(self) -> Path | None:
         """Where somebody else may put the whole file; None where that is no way to get it."""
         return self._incoming.landing

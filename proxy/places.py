@@ -84,11 +84,6 @@ class Readers(Protocol):
         ...
 
     @property
-    def waiting(self) -> bool:
-        """Whether anybody reads."""
-        ...
-
-    @property
     def landing(self) -> Path | None:
         """Where the whole file may be put, if that is a way to get it."""
         ...

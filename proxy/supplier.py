@@ -33,7 +33,7 @@ from proxy.nix.store_path import HashPart
 from proxy.places import Blame, Place, Readers
 from proxy.store.files import OpenFile, Partial, closed_on_failure
 from proxy.store.folder import Store
-from proxy.supply import OneAnswer, Promise, Supply, Unverified
+from proxy.supply import WHOLE, OneAnswer, Promise, Supply, Unverified
 from proxy.tasks import Tasks
 from proxy.transfer import Transfer
 from proxy.upstream.answer import Body as UpstreamBody
@@ -41,8 +41,8 @@ from proxy.upstream.carriage import Cargo
 
 T = TypeVar("T")
 
-CARRIED = 2**20
-"""Bytes of a file that is fetched by another process, whole: nobody waits long for the last of them."""
+CARRIED = WHOLE + 1
+"""Bytes from which a file is not fetched by another process, whole: who waits for it is to see it arrive."""
 
 UNPACKED = 16 * 2**20
 """Bytes of such a NAR, unpacked: that process does nothing else while it judges one."""

@@ -11,8 +11,7 @@ from contextlib import aclosing
 import pytest
 
 from proxy.events import FetchEnded, Published, Rejected
-from proxy.nix.nar_name import NarName
-from proxy.supplier import CARRIED, UNPACKED
+from proxy.supplier import UNPACKED
 from proxy.supply import WHOLE
 from tests.closures import COMPRESSIONS, SigningKey, StoreEntry, closure
 from tests.conftest import StartProxy, StartSimulator
@@ -126,27 +125,6 @@ async def test_who_comes_meanwhile_gets_all_of_it(
         assert (answer.status, answer.body) == (206, FILE[part])
     assert (await head).headers["Content-Length"] == str(len(FILE))
     assert cache.gets(SMALL.nar_path) == len(porter.headings) == 1
-
-
-async def test_what_nobody_waits_for_may_be_larger(
-    sim: StartSimulator, start: StartProxy, porter: WatchedPorter
-) -> None:
-    """Fetched ahead, files of up to 1 MiB are carried, and who comes meanwhile gets all of it."""
-    entry = sized(CARRIED - 8)
-    cache = await sim(entry)
-    gate = Gate(CARRIED // 2)
-    cache.fault(entry.nar_path, gate)
-    proxy = await start(cache)
-    url = await proxy.nar_url(entry.hash_part)
-    name = NarName.parse(url.removeprefix("/nar/"))
-    ahead = asyncio.create_task(proxy.cache.fetch_ahead(name, len(entry.file)))
-    await gate.reached.wait()
-    client = asyncio.create_task(proxy.pull(url))
-    gate.open()
-    answer = await client
-    await ahead
-    assert (answer.complete, answer.body) == (True, bytes(entry.file))
-    assert cache.gets(entry.nar_path) == len(porter.headings) == 1
 
 
 @pytest.mark.parametrize(

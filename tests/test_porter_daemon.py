@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.porter.porter import WORTH_IT
 from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunDaemon, RunSimulator
 from tests.daemon import DaemonProcess
@@ -29,6 +30,7 @@ ENTRIES = closure(30, seed=8, sizes=(100, 30_000))
 SMALL = StoreEntry.make("small-1.0", random.Random(6).randbytes(50_000), compression="none")
 LARGE = StoreEntry.make("large-1.0", random.Random(7).randbytes(700_000), compression="none")
 FILE = bytes(SMALL.file)
+FIRST = [StoreEntry.make(f"first-{number}", b"first") for number in range(WORTH_IT)]
 
 
 def hash_parts(*entries: StoreEntry) -> set[str]:
@@ -51,9 +53,9 @@ def nar_target(entry: StoreEntry) -> str:
 
 def the_porter(daemon: DaemonProcess, cache: BinaryCacheSimulator) -> int:
     """Have the daemon start its porter, and return the process, which takes orders."""
-    first = StoreEntry.make("first-1.0", b"first")
-    cache.publish(first)
-    daemon.get(nar_target(first))
+    for first in FIRST:
+        cache.publish(first)
+        daemon.get(nar_target(first))
     eventually(lambda: any(map(_takes_orders, daemon.children)))
     return next(filter(_takes_orders, daemon.children))
 
@@ -145,9 +147,7 @@ def test_porter_killed(
     assert proxy.metric("fetches_in_flight") >= 0
     assert proxy.get("/healthz")
     assert proxy.stop() == 0
-    assert complete_paths(proxy.store, [key]) <= hash_parts(*ENTRIES) | {
-        StoreEntry.make("first-1.0", b"first").hash_part
-    }
+    assert complete_paths(proxy.store, [key]) <= hash_parts(*ENTRIES, *FIRST)
 
 
 def test_signals_for_the_whole_group(threaded_sim: RunSimulator, daemon: RunDaemon) -> None:

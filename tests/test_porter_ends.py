@@ -195,6 +195,7 @@ async def test_it_cannot_be_started(
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(daemons_end, "spawn", refuse)
+    monkeypatch.setattr(daemons_end, "WORTH_IT", 1)
     cache = await sim(SMALL)
     async with aclosing(WatchedPorter()) as porter:
         assert not porter.at_hand
@@ -208,8 +209,19 @@ async def test_it_cannot_be_started(
             await right(proxy, SMALL)
 
 
-async def test_closed_while_it_starts() -> None:
+async def test_it_is_worth_it(porter: WatchedPorter) -> None:
+    """It is started when it was wanted some times in a row, not for a single small NAR."""
+    async with aclosing(WatchedPorter()) as unused:
+        for _ in range(daemons_end.WORTH_IT - 1):
+            assert not unused.at_hand
+        await porter.ready()  # which takes longer than to begin to start another
+        assert unused.pid is None
+        await unused.ready()
+
+
+async def test_closed_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who stops at once does not leave a process behind, nor a socket."""
+    monkeypatch.setattr(daemons_end, "WORTH_IT", 1)
     async with aclosing(WatchedPorter()) as porter:
         assert not porter.at_hand
         await asyncio.sleep(0)

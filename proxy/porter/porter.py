@@ -42,6 +42,9 @@ IDLE: Final = 60.0
 ANSWER_TIMEOUT: Final = 10.0
 """Seconds in which it has to say that it lives, as long as anything is waited for."""
 
+WORTH_IT: Final = 8
+"""Tasks, with less than `IDLE` between them, for which it is started: for a few, the daemon is enough."""
+
 PAUSE: Final = 10.0
 """Seconds before it is started again when it has ended by itself."""
 
@@ -76,17 +79,23 @@ class Porter:
         self._pinged: float | None = None
         self._not_before = 0.0
         self._last = 0.0
+        self._wanted = 0
         self._closed = False
         self._process: asyncio.subprocess.Process | None = None
         self._channel: Channel | None = None
 
     @property
     def at_hand(self) -> bool:
-        """Whether it takes tasks now. If not, it is started, for those that follow."""
-        self._last = self._loop.time()
-        if self._running is None and not self._closed and self._last >= self._not_before:
+        """Whether it takes tasks now. If not, it is started, when it was wanted often enough."""
+        if self._tasks is not None:
+            return True
+        now = self._loop.time()
+        self._wanted = self._wanted + 1 if now - self._last <= IDLE else 1
+        self._last = now
+        due = self._wanted >= WORTH_IT and now >= self._not_before
+        if due and self._running is None and not self._closed:
             self._running = asyncio.create_task(self._run())
-        return self._tasks is not None
+        return False
 
     @property
     def pid(self) -> int | None:
