@@ -60,6 +60,16 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class NarBytes:
+    """All of a small NAR of the store, and where it came from."""
+
+    body: bytes
+    etag: str | None
+    result: Result
+    upstream: str
+
+
+@dataclass(frozen=True, slots=True)
 class Content:
     """A file that is here, on its way, or (``file`` is None) only announced by an upstream.
 

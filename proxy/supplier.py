@@ -251,6 +251,22 @@ class Supplier:
             return None
         return file
 
+    def nar_at_hand(self, name: NarName, most: int) -> tuple[bytes, KnownPath] | None:
+        """Return a small NAR of the store if it can be read without waiting, and nothing else is to be done.
+
+        Args:
+            name: The NAR.
+            most: Bytes that it may have.
+        """
+        known = self._known.hot(name.hash_part)
+        if known is None or not known.kept or known.info.nar_name != name:
+            return None
+        size = known.info.size_on_disk
+        if size is None or size > most or not self._store.has_narinfo(name.hash_part):
+            return None
+        body = self._store.nar_at_hand(name, size)
+        return None if body is None else (body, known)
+
     def kept_file(self, path: str) -> OpenFile | None:
         """Open another file of the store."""
         try:

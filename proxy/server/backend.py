@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection
 from typing import Protocol
 
-from proxy.answers import Content
+from proxy.answers import Content, NarBytes
 from proxy.events import Result
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
@@ -77,6 +77,9 @@ class Cache(Protocol):
 
     def keeps_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is in the store."""
+
+    def nar_at_hand(self, name: NarName, most: int) -> NarBytes | None:
+        """Return a NAR of the store that has at most so many bytes, if that takes no waiting."""
 
     def is_absent(self, key: str) -> bool:
         """Tell whether a narinfo (``{hash part}.narinfo``) is known to be absent, and not here since."""

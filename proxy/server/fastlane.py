@@ -9,16 +9,19 @@ and a note is made that it is used; what is left for each request is to look it 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final, Literal, Protocol
 
-from proxy.answers import Content
-from proxy.errors import StoreError
-from proxy.events import HIT, FastlaneServed, Observer, Result
+from proxy.answers import Content, NarBytes
+from proxy.errors import NotFoundError, RequestError, StoreError
+from proxy.events import HIT, PREFETCHED, FastlaneServed, Observer, Result
+from proxy.nix import resource
 from proxy.nix.nar_name import NarName
+from proxy.nix.resource import NarFile
 from proxy.nix.store_path import HASH_PART, HashPart
 from proxy.recent import Recent
 from proxy.server.backend import Audience, Cache, HotNarinfo
@@ -88,10 +91,11 @@ class _Count:
 class _SmallNar:
     """A small NAR of the store, in memory as the answer to a request for it."""
 
-    __slots__ = ("answer", "answered_in", "name", "requests", "size", "used", "whole")
+    __slots__ = ("answer", "answered_in", "count", "name", "requests", "size", "used", "whole")
 
-    def __init__(self, name: NarName, whole: bytearray, size: int) -> None:
+    def __init__(self, name: NarName, whole: bytearray, size: int, count: _Count) -> None:
         self.name = name
+        self.count = count
         self.whole = whole
         self.answer: bytearray | SharedAnswer = whole
         """What is sent: all of it, in this second perhaps from a file."""
@@ -105,17 +109,20 @@ class _SmallNar:
 class _NarRequest:
     """A request for a NAR."""
 
-    __slots__ = ("_lane", "_target")
+    __slots__ = ("_lane", "_name", "_target")
 
-    def __init__(self, lane: FastLane, target: bytes) -> None:
+    def __init__(self, lane: FastLane, target: bytes, name: NarName) -> None:
         self._lane = lane
         self._target = target
+        self._name = name
 
     def answer(self, asker: Asker) -> bytearray | SharedAnswer | None:
         """Return the answer. Every line in here is one that all hits pay for."""
         lane = self._lane
-        nar = lane.nar(self._target)
-        if nar is None or not lane.open:
+        if not lane.open:
+            return None
+        nar = lane.nar(self._target) or lane.bring_in(self._target, self._name)
+        if nar is None:
             return None
         if nar.answered_in != lane.second:
             self._refresh(nar)
@@ -126,7 +133,7 @@ class _NarRequest:
         if not asker.fetches:
             asker.fetches = True
             lane.prefetch.asked_nar(asker.client)
-        count = lane.nars
+        count = nar.count
         count.requests += 1
         count.body_bytes += nar.size
         return nar.answer
@@ -243,6 +250,7 @@ class FastLane:
         self.narinfos = _Count("narinfo", HTTPStatus.OK, HIT)
         self.absences = _Count("narinfo", HTTPStatus.NOT_FOUND, "")
         self.nars = _Count("nar", HTTPStatus.OK, HIT)
+        self.nars_ahead = _Count("nar", HTTPStatus.OK, PREFETCHED)
         self._removals = cache.removals
         self._used_paths: set[HashPart] = set()
 
@@ -275,8 +283,23 @@ class FastLane:
             if HASH_PART.fullmatch(hash_part):  # it becomes the name of a file
                 return _NarinfoRequest(self, HashPart(hash_part)).answer
         if target.startswith(_NAR):
-            return _NarRequest(self, target).answer
+            with contextlib.suppress(NotFoundError, RequestError):
+                wanted = resource.parse(target.decode("latin-1"))
+                if isinstance(wanted, NarFile):
+                    return _NarRequest(self, target, wanted.name).answer
         return None
+
+    def bring_in(self, target: bytes, name: NarName) -> _SmallNar | None:
+        """Take a small NAR into memory, if the disk has it at hand.
+
+        What was fetched ahead is not kept, since most of it is asked for once.
+        """
+        nar = self.cache.nar_at_hand(name, SMALL_NAR)
+        if nar is None:
+            return None
+        if nar.result == HIT:
+            return self._take_in(target, name, nar)
+        return _small_nar(name, nar, self.nars_ahead)
 
     def keep(self, target: str, name: NarName, content: Content) -> None:
         """Take in a NAR that was just served from the store, if it is small."""
@@ -288,9 +311,13 @@ class FastLane:
         except StoreError:
             return  # whoever serves it finds out
         if len(body) == file.size:
-            rest = tail(file_headers(NAR_TYPE, content.etag, HIT, content.upstream), file.size)
-            nar = _SmallNar(name, _FOUND.answer(rest, body), file.size)
-            self._nars.put(target.encode("latin-1", "replace"), nar)
+            nar = NarBytes(body, content.etag, HIT, content.upstream)
+            self._take_in(target.encode("latin-1", "replace"), name, nar)
+
+    def _take_in(self, target: bytes, name: NarName, nar: NarBytes) -> _SmallNar:
+        small = _small_nar(name, nar, self.nars)
+        self._nars.put(target, small)
+        return small
 
     def touch_nar(self, target: bytes) -> None:
         """Note that a NAR in memory is used."""
@@ -302,7 +329,7 @@ class FastLane:
 
     def flush(self) -> None:
         """Tell what was answered since the last time, and which paths were used; forget what is gone."""
-        for count in (self.narinfos, self.absences, self.nars):
+        for count in (self.narinfos, self.absences, self.nars, self.nars_ahead):
             if count.requests:
                 told = (count.route, int(count.code), count.result)
                 self._observer(FastlaneServed(*told, count.requests, count.body_bytes))
@@ -327,3 +354,8 @@ class FastLane:
         """Tell the rest, and forget everything."""
         self.flush()
         self.forget_nars()
+
+
+def _small_nar(name: NarName, nar: NarBytes, count: _Count) -> _SmallNar:
+    rest = tail(file_headers(NAR_TYPE, nar.etag, nar.result, nar.upstream), len(nar.body))
+    return _SmallNar(name, _FOUND.answer(rest, nar.body), len(nar.body), count)

@@ -157,6 +157,14 @@ class Store(StoreReader):
         path = self.layout.nar(name)
         return None if path in self._quarantine else self._open(path)
 
+    def nar_at_hand(self, name: NarName, size: int) -> bytes | None:
+        """Return a NAR that is here, if that takes no waiting: `StoreReader.nar_at_hand`."""
+        path = self.layout.nar(name)
+        body = None if path in self._quarantine else super().nar_at_hand(name, size)
+        if body is not None:
+            self.index.used(path)
+        return body
+
     def has_narinfo(self, hash_part: HashPart) -> bool:
         """Tell whether a path is here whole: its NAR, and the narinfo that is published after it."""
         return self._has(self.layout.narinfo(hash_part))

@@ -51,6 +51,10 @@ class Layout:
         """A NAR under its final name."""
         return self.nars / str(name)
 
+    def nar_name(self, name: NarName) -> str:
+        """The same as a text, for whoever is in a hurry."""
+        return f"{self._prefix}nar/{name}"
+
     def remembered_narinfo(self, upstream: str, hash_part: HashPart) -> Path:
         """An upstream's own narinfo of a path whose NAR is not here (yet)."""
         return self.remembered / upstream / f"{hash_part}.narinfo"

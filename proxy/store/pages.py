@@ -49,6 +49,20 @@ def are_in_memory(fd: int, start: int, stop: int) -> bool:
     return True
 
 
+def read_at_hand(path: str, size: int) -> bytes | None:
+    """Return what is in a file if it can be read without waiting, and has as many bytes as it should."""
+    buffer = bytearray(size + 1)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            count = os.preadv(fd, [buffer], 0, os.RWF_NOWAIT)
+        finally:
+            os.close(fd)
+    except OSError:
+        return None
+    return bytes(memoryview(buffer)[:size]) if count == size else None
+
+
 async def bring_in(fd: int, start: int, stop: int, *, ahead: int = AHEAD) -> None:
     """Have a part of a file read into memory by a thread, and ``ahead`` bytes of it by the kernel.
 

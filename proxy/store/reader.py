@@ -80,6 +80,10 @@ class StoreReader:
         """
         return self._open(self.layout.nar(name))
 
+    def nar_at_hand(self, name: NarName, size: int) -> bytes | None:
+        """Return a NAR that is here, if it is as long as it should be and takes no waiting."""
+        return pages.read_at_hand(self.layout.nar_name(name), size)
+
     def has_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is here."""
         return self.layout.nar(name).exists()

@@ -15,10 +15,9 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Final, Literal
 
-from proxy.answers import Content, File
+from proxy.answers import Content, File, NarBytes
 from proxy.channel import NONE, close
 from proxy.errors import NotFoundError, ParseError, StoreError, TrustError
 from proxy.events import COALESCED, HIT, Result
@@ -30,6 +29,7 @@ from proxy.recent import Recent
 from proxy.store.files import OpenFile, closed_on_failure, disk
 from proxy.store.reader import StoreReader
 from proxy.workers.arrival import Arrival
+from proxy.workers.held import COPIES, HeldNarinfo, HeldText
 from proxy.workers.link import Link
 from proxy.workers.messages import (
     Absent,
@@ -53,9 +53,6 @@ from proxy.workers.messages import (
 HOT_BYTES: Final = 32 * 2**20
 """Bytes of narinfos in the memory of each worker."""
 
-COPIES: Final = 3
-"""Times that a narinfo takes its own size: as text, as an answer, and in what is known of it."""
-
 ABSENT_PATHS: Final = 100_000
 """Remembered absences."""
 
@@ -64,38 +61,6 @@ USES: Final = 1_000
 
 AHEAD: Final = 100_000
 """NARs that were fetched ahead of clients, and that none has asked this worker for."""
-
-
-@dataclass(slots=True)
-class HeldNarinfo:
-    """A verified narinfo, as far as a worker needs it."""
-
-    body: bytes
-    nar_name: str
-    etag: str
-    origin: str
-    kept: bool
-    size: int | None
-    answer: bytearray | None = None
-    answered_in: float = -1.0
-
-
-@dataclass(frozen=True, slots=True)
-class HeldText:
-    """A narinfo as it goes to a client, and where it came from."""
-
-    held: HeldNarinfo
-    result: Result
-
-    @property
-    def body(self) -> bytes:
-        """The text."""
-        return self.held.body
-
-    @property
-    def upstream(self) -> str:
-        """The upstream's name, or an empty text."""
-        return self.held.origin
 
 
 class RemoteCache:
@@ -229,6 +194,24 @@ class RemoteCache:
             ProxyError: As there.
         """
         return await self._stored_nar(name) or await self._arriving("nar", str(name))
+
+    def nar_at_hand(self, name: NarName, most: int) -> NarBytes | None:
+        """Return a small NAR of the store, if that takes no waiting: `proxy.cache.Cache.nar_at_hand`."""
+        held = self.hot_narinfo(name.hash_part)
+        if (
+            held is None
+            or not held.kept
+            or held.nar_name != str(name)
+            or self._ahead.get(str(name))
+        ):
+            return None
+        if held.size is None or held.size > most or not self.keeps(name.hash_part):
+            return None
+        body = self._store.nar_at_hand(name, held.size)
+        if body is None:
+            return None
+        self.used(name)
+        return NarBytes(body, held.etag, HIT, held.origin)
 
     async def nar_head(self, name: NarName) -> Content:
         """Return what `nar` would, without fetching it: `proxy.cache.Cache.nar_head`.

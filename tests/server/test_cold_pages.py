@@ -19,7 +19,7 @@ from proxy.events import Fault
 from proxy.server.connection import DISK_TURNS, REGULAR
 from proxy.store import pages
 from tests.inside import InsideProxy
-from tests.server.hot import ABSENT, LARGE, LARGE_NAR, NARINFO
+from tests.server.hot import ABSENT, LARGE, LARGE_NAR, NAR, NARINFO, SMALL
 from tests.server.piecewise import through_the_lane
 from tests.wire import Wire
 
@@ -75,6 +75,11 @@ class SlowDisk:
     def answer(self) -> None:
         """Let all reads go on."""
         self._go_on.set()
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether reads go on."""
+        return self._go_on.is_set()
 
     def _pread(self, fd: int, count: int, offset: int) -> bytes:
         thread = threading.current_thread()
@@ -181,6 +186,34 @@ async def test_a_client_that_does_not_wait_for_a_quick_disk(
         await reader.send(reader.request(NARINFO))
     assert (await proxy.pull(NARINFO)).status == 200
     assert not proxy.observed(Fault)
+
+
+async def test_a_small_nar_that_is_not_in_memory(
+    proxy: InsideProxy, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NAR whose bytes are on the disk is not read by the loop, but brought in first; then it is hot."""
+    proxy.server.lane.forget_nars()
+    kept, real = proxy.folder / NAR[1:], os.preadv
+
+    def preadv(fd: int, buffers: list[bytearray], offset: int, flags: int = 0) -> int:
+        if Path(f"/proc/self/fd/{fd}").readlink() == kept and not slow_disk.has_answered:
+            assert flags & os.RWF_NOWAIT
+            raise BlockingIOError
+        return real(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    async with Wire(proxy.url) as reader, Wire(proxy.url) as other:
+        assert (await other.ask("/healthz")).status == 200
+        before = through_the_lane(proxy)
+        waiting = asyncio.create_task(reader.ask(NAR))
+        await slow_disk.asked.wait()
+        assert (await other.ask("/healthz")).status == 200
+        assert not waiting.done()
+        slow_disk.answer()
+        assert (await waiting).body == bytes(SMALL.file)
+        assert through_the_lane(proxy) == before
+        assert (await other.ask(NAR)).body == bytes(SMALL.file)
+        assert through_the_lane(proxy) == before + 1
 
 
 async def test_in_memory_nothing_is_read_ahead(proxy: InsideProxy, slow_disk: SlowDisk) -> None:

@@ -21,8 +21,8 @@ from tests.closures import StoreEntry
 from tests.conftest import StartSimulator
 from tests.inside import InsideProxy
 from tests.server.hot import hot_proxy
+from tests.server.lane import the_long_way
 from tests.server.piecewise import (
-    Answer,
     Piecewise,
     answers,
     connections,
@@ -44,13 +44,14 @@ BODIES = [bytes(entry.file) for entry in ENTRIES]
 
 @pytest.fixture
 async def proxy(sim: StartSimulator, tmp_path: Path) -> AsyncIterator[InsideProxy]:
-    """Return a proxy that has the NARs in memory."""
+    """Return a proxy that has the NARs in its store."""
     async with hot_proxy(tmp_path, await sim(*ENTRIES)) as running:
         for entry in ENTRIES:
             url = await running.nar_url(entry.hash_part)
             for _ in range(2):
                 await running.pull(url)
                 await running.idle()
+        running.server.lane.forget_nars()  # and the files that they have got for that
         yield running
 
 
@@ -97,15 +98,6 @@ def files() -> int:
         with contextlib.suppress(OSError):  # the descriptor of this very folder
             found += str(fd.readlink()).startswith("/memfd:answer")
     return found
-
-
-async def the_long_way(proxy: InsideProxy, target: str) -> Answer:
-    """Return the answer of a proxy without a fast lane."""
-    made = connections(proxy.server, lane=False)
-    async with Piecewise(made) as client:
-        (answer,) = answers(await client.ask(plain(target)))
-    await made.shutdown(1)
-    return answer
 
 
 # --- the same answers -------------------------------------------------------------------------
