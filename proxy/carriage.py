@@ -1,4 +1,4 @@
-"""Small NARs that another process fetches whole: which they are, and how that is asked for."""
+"""NARs that another process fetches whole: which they are, and how that is asked for."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from pathlib import Path
 from proxy.asking import Asker, Question
 from proxy.errors import StoreError, TrustError
 from proxy.places import Place, Readers
+from proxy.supply import WHOLE
 from proxy.upstream.breaker import State
 
 
 def landing_for(place: Place, readers: Readers) -> Path | None:
     """Return where a file may be put by another process; None where it has to be read here.
 
-    An upstream that is asked again after a failure has to answer soon, which only the beginning of an answer
-    tells.
+    Whoever comes for more than a small file is to see it arrive, unless it is one of many and nobody waits
+    for it yet. An upstream that is asked again after a failure has to answer soon, which only the beginning
+    of an answer tells.
     """
     promise, upstream = place.promise, place.upstream
     if promise.cargo is None or promise.size is None:
         return None
     if upstream.carrier is None or upstream.breaker.state is not State.CLOSED:
+        return None
+    if promise.size > WHOLE and (readers.are_waiting or not upstream.carrier.has_many):
         return None
     return readers.landing if upstream.carrier.at_hand else None
 

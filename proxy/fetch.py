@@ -135,6 +135,11 @@ class Fetch:
         return self.released
 
     @property
+    def are_waiting(self) -> bool:
+        """Whether anybody reads it yet."""
+        return self._incoming.is_read
+
+    @property
     def landing(self) -> Path | None:
         """Where somebody else may put the whole file; None where that is no way to get it."""
         return self._incoming.landing

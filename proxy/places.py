@@ -84,6 +84,11 @@ class Readers(Protocol):
         ...
 
     @property
+    def are_waiting(self) -> bool:
+        """Whether there are any yet."""
+        ...
+
+    @property
     def landing(self) -> Path | None:
         """Where the whole file may be put, if that is a way to get it."""
         ...

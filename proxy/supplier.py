@@ -33,7 +33,8 @@ from proxy.nix.store_path import HashPart
 from proxy.places import Blame, Place, Readers
 from proxy.store.files import OpenFile, Partial, closed_on_failure
 from proxy.store.folder import Store
-from proxy.supply import WHOLE, OneAnswer, Promise, Supply, Unverified
+from proxy.store.leftovers import MIN_SIZE
+from proxy.supply import OneAnswer, Promise, Supply, Unverified
 from proxy.tasks import Tasks
 from proxy.transfer import Transfer
 from proxy.upstream.answer import Body as UpstreamBody
@@ -41,11 +42,12 @@ from proxy.upstream.carriage import Cargo
 
 T = TypeVar("T")
 
-CARRIED = WHOLE + 1
-"""Bytes from which a file is not fetched by another process, whole: who waits for it is to see it arrive."""
+CARRIED = MIN_SIZE
+"""Bytes from which a file is not fetched by another process, which has all of it in memory: from there on it
+can be left unfinished and continued."""
 
 UNPACKED = 16 * 2**20
-"""Bytes of such a NAR, unpacked: that process does nothing else while it judges one."""
+"""Bytes of such a NAR, unpacked: another one may wait for as long as it takes to judge it."""
 
 
 class Supplier:

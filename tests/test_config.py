@@ -70,7 +70,7 @@ def test_defaults() -> None:
                 priority=1,
                 connect_timeout=5.0,
                 read_timeout=30.0,
-                max_connections=64,
+                max_connections=128,
                 auth=None,
                 ca_file=None,
                 allow=None,
@@ -84,7 +84,7 @@ def test_defaults() -> None:
                 priority=2,
                 connect_timeout=5.0,
                 read_timeout=30.0,
-                max_connections=64,
+                max_connections=128,
                 auth=None,
                 ca_file=None,
                 allow=None,
@@ -427,7 +427,7 @@ def test_upstream_flag_replaces() -> None:
         ("a-example", "https://a.example", None),
         ("b-example-8080-team", "http://b.example:8080/Team", BasicAuth("me", Secret("pw"))),
     ]
-    assert [each.max_connections for each in changed.upstreams] == [64, 64]
+    assert [each.max_connections for each in changed.upstreams] == [128, 128]
     assert replace(changed, upstreams=config.upstreams) == config
 
 

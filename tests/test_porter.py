@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 import pytest
 
 from proxy.events import FetchEnded, Published, Rejected
-from proxy.supplier import UNPACKED
+from proxy.porter.porter import MANY
+from proxy.prefetch import LookAhead
+from proxy.store.eviction import Limits
+from proxy.supplier import CARRIED, UNPACKED
 from proxy.supply import WHOLE
 from tests.closures import COMPRESSIONS, SigningKey, StoreEntry, closure
 from tests.conftest import StartProxy, StartSimulator
@@ -19,6 +22,7 @@ from tests.faults import Corrupt, Gate, Status
 from tests.folder_oracle import complete_paths
 from tests.inside import InsideProxy
 from tests.porters import WatchedPorter
+from tests.simulator import BinaryCacheSimulator
 
 SMALL = StoreEntry.make("small-1.0", random.Random(5).randbytes(50_000), compression="none")
 FILE = bytes(SMALL.file)
@@ -43,6 +47,23 @@ async def porter(unused: WatchedPorter) -> WatchedPorter:
 def start(unused: WatchedPorter, start: StartProxy) -> StartProxy:
     """Return a function that starts proxies, as everywhere, which have the porter."""
     return functools.partial(start, porter=unused)
+
+
+Crowd = Callable[..., Awaitable[tuple[InsideProxy, BinaryCacheSimulator]]]
+"""Starts a cache with some paths, and a proxy that fetches NARs ahead."""
+
+
+@pytest.fixture
+def crowd(sim: StartSimulator, start: StartProxy) -> Crowd:
+    """Return a function that does so."""
+
+    async def run(*entries: StoreEntry) -> tuple[InsideProxy, BinaryCacheSimulator]:
+        cache = await sim(*entries)
+        proxy = await start(cache, look_ahead=LookAhead(narinfos=False), limits=Limits())
+        await proxy.eventually(lambda: proxy.store.room)
+        return proxy, cache
+
+    return run
 
 
 def sized(size: int) -> StoreEntry:
@@ -155,6 +176,42 @@ async def test_only_what_is_small(
     assert len(porter.orders) == carried
     assert len(porter.publications) == 1
     assert cache.gets(entry.nar_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "others", "carried"),
+    [
+        pytest.param(sized(WHOLE + 8), MANY, True, id="among many"),
+        pytest.param(sized(WHOLE + 8), MANY - 1, False, id="among a few"),
+        pytest.param(sized(CARRIED - 8), MANY, True, id="just small enough"),
+        pytest.param(sized(CARRIED), MANY, False, id="too large"),
+        pytest.param(SMALL, 0, True, id="small, and the only one"),
+    ],
+)
+async def test_ahead_of_clients_it_may_be_larger(
+    entry: StoreEntry,
+    others: int,
+    carried: bool,  # noqa: FBT001
+    crowd: Crowd,
+    porter: WatchedPorter,
+) -> None:
+    """One of many, for which nobody waits yet, is carried up to 1 MiB; who comes meanwhile gets all of it."""
+    many = [sized(1_000 + 8 * number) for number in range(others)]
+    proxy, cache = await crowd(entry, *many)
+    gates = []
+    for each in (*many, entry):
+        gates.append(Gate(len(each.file) // 2))
+        cache.fault(each.nar_path, gates[-1])
+        await proxy.nar_url(each.hash_part)
+        await gates[-1].reached.wait()
+    assert len(porter.orders) == others + carried
+    client = asyncio.create_task(pulled(proxy, entry))
+    for gate in gates:
+        gate.open()
+    assert await client == bytes(entry.file)
+    assert cache.gets(entry.nar_path) == 1
+    assert len(porter.orders) == others + carried
+    assert entry.narinfo_path[1:] in proxy.kept
 
 
 async def test_the_first_ones_do_not_wait_for_it(

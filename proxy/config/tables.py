@@ -72,7 +72,7 @@ class UpstreamTable(Table, frozen=True):
     priority: Priority | None = None
     connect_timeout: object = "5s"
     read_timeout: object = "30s"
-    max_connections: Annotated[int, Meta(ge=2)] = 64
+    max_connections: Annotated[int, Meta(ge=2)] = 128
     auth: AuthTable | None = None
     ca_file: str | None = None
     allow: tuple[str, ...] | None = None

@@ -45,6 +45,9 @@ ANSWER_TIMEOUT: Final = 10.0
 WORTH_IT: Final = 8
 """Tasks, with less than `IDLE` between them, for which it is started: for a few, the daemon is enough."""
 
+MANY: Final = 8
+"""Files that are carried at the same time when a closure is on its way, and not a path or two."""
+
 PAUSE: Final = 10.0
 """Seconds before it is started again when it has ended by itself."""
 
@@ -96,6 +99,11 @@ class Porter:
         if due and self._running is None and not self._closed:
             self._running = asyncio.create_task(self._run())
         return False
+
+    @property
+    def has_many(self) -> bool:
+        """Whether it carries many files at the moment: `proxy.upstream.carriage.Carrier.has_many`."""
+        return len(self._carrying) >= MANY
 
     @property
     def pid(self) -> int | None:

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -52,6 +53,13 @@ PR_SET_PDEATHSIG: Final = 1
 """prctl(2): which signal a process gets when the one that started it has ended."""
 
 
+JUDGES: Final = 2
+"""Threads for NARs that take long to judge."""
+
+LONG: Final = 2**20
+"""Bytes of such a NAR, unpacked; a smaller one takes less time than to wake a thread."""
+
+
 class Process:
     """What the process does. Made inside of a running event loop.
 
@@ -69,6 +77,7 @@ class Process:
         self._sessions: dict[tuple[str | None, float, float], aiohttp.ClientSession] = {}
         self._publisher = Publisher(lambda _publication: None)
         self._carrying: set[asyncio.Task[None]] = set()
+        self._judges = ThreadPoolExecutor(JUDGES, thread_name_prefix="judge")
 
     async def run(self) -> None:
         """Do what the daemon says until it has gone."""
@@ -142,12 +151,19 @@ class Process:
         try:
             told = {name: response.headers[name] for name in TOLD if name in response.headers}
             if is_file(response):
-                _keep(await _whole(response, order.upstream, cargo.size), cargo)
+                await self._keep(await _whole(response, order.upstream, cargo.size), cargo)
             else:
                 await drain(response)
             return Heading(response.status, told, response.content_type)
         finally:
             response.release()
+
+    async def _keep(self, data: bytes, cargo: Cargo) -> None:
+        """Verify a file, and write it: `_keep`."""
+        if cargo.nar_size < LONG:
+            _keep(data, cargo)
+        else:
+            await self._loop.run_in_executor(self._judges, _keep, data, cargo)
 
     def _session(self, order: Order) -> aiohttp.ClientSession:
         key = order.ca_file, order.connect_timeout, order.read_timeout
@@ -190,7 +206,7 @@ async def _whole(response: aiohttp.ClientResponse, upstream: str, size: int) -> 
 
 
 def _keep(data: bytes, cargo: Cargo) -> None:
-    """Verify a file, and write it; on the event loop, since it is small.
+    """Verify a file, and write it.
 
     Raises:
         TrustError: It is not what it has to be.

@@ -100,6 +100,10 @@ class Carrier(Protocol):
     def at_hand(self) -> bool:
         """Whether it takes orders at the moment."""
 
+    @property
+    def has_many(self) -> bool:
+        """Whether it carries so many at the moment that they matter as a whole, and none by itself."""
+
     async def carry(self, order: Order, cargo: Cargo) -> Heading:
         """Send one request; where `is_file` holds, the whole file is at its place when this returns.
 
