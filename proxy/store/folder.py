@@ -28,7 +28,7 @@ from proxy.store.leftovers import Lasting
 from proxy.store.pins import PinFiles
 from proxy.store.publisher import MakePublisher, Publication, Publisher, Rename
 from proxy.store.quarantine import Quarantine
-from proxy.store.reader import StoreReader, read
+from proxy.store.reader import StoreReader, is_there, read
 from proxy.store.remembered import Remembered
 from proxy.store.scan import has_nar
 from proxy.store.verification import Verification
@@ -159,7 +159,7 @@ class Store(StoreReader):
 
     def nar_at_hand(self, name: NarName, size: int) -> bytes | None:
         """Return a NAR that is here, if that takes no waiting: `StoreReader.nar_at_hand`."""
-        path = self.layout.nar(name)
+        path = self.layout.nar_name(name)
         body = None if path in self._quarantine else super().nar_at_hand(name, size)
         if body is not None:
             self.index.used(path)
@@ -167,11 +167,11 @@ class Store(StoreReader):
 
     def has_narinfo(self, hash_part: HashPart) -> bool:
         """Tell whether a path is here whole: its NAR, and the narinfo that is published after it."""
-        return self._has(self.layout.narinfo(hash_part))
+        return self._has(self.layout.narinfo_name(hash_part))
 
     def has_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is here."""
-        return self._has(self.layout.nar(name))
+        return self._has(self.layout.nar_name(name))
 
     def used(self, name: NarName) -> None:
         """Note that a NAR was used by somebody who had it open already."""
@@ -345,8 +345,8 @@ class Store(StoreReader):
         """Called on the index's thread."""
         self._loop.call_soon_threadsafe(self._observer, StoreFailed("index", reason))
 
-    def _has(self, path: Path) -> bool:
-        return path.exists() and path not in self._quarantine
+    def _has(self, path: str) -> bool:
+        return is_there(path) and path not in self._quarantine
 
     def _open(self, path: Path) -> OpenFile | None:
         file = super()._open(path)

@@ -165,7 +165,7 @@ class Index:
         """Note that a file has been taken away. Called from any thread."""
         self._notes.put(_Removed(self._name(path)))
 
-    def used(self, path: Path) -> None:
+    def used(self, path: Path | str) -> None:
         """Note that a client was given a file. Called from any thread; cheap."""
         self._notes.put(_Used(self._name(path), int(time.time())))
 
@@ -234,7 +234,7 @@ class Index:
         self._hurry.set()
         self._thread.join()
 
-    def _name(self, path: Path) -> str:
+    def _name(self, path: Path | str) -> str:
         return str(path)[self._prefix :]
 
     def _run(self) -> None:

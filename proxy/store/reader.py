@@ -70,7 +70,7 @@ class StoreReader:
 
     def has_narinfo(self, hash_part: HashPart) -> bool:
         """Tell whether a path is here whole: its NAR, and the narinfo that is published after it."""
-        return self.layout.narinfo(hash_part).exists()
+        return is_there(self.layout.narinfo_name(hash_part))
 
     def open_nar(self, name: NarName) -> OpenFile | None:
         """Open a NAR that is here.
@@ -86,7 +86,7 @@ class StoreReader:
 
     def has_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is here."""
-        return self.layout.nar(name).exists()
+        return is_there(self.layout.nar_name(name))
 
     def open_file(self, path: str) -> OpenFile | None:
         """Open another file that is here: a log, a listing, and so on.
@@ -106,6 +106,11 @@ def _opened(path: str) -> int | None:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
+
+
+def is_there(path: str) -> bool:
+    """Tell whether there is such a file, as far as the disk says; `Path.exists` takes ten times as long."""
+    return os.access(path, os.F_OK)
 
 
 def read(path: str | Path) -> bytes | None:
