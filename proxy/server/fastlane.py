@@ -4,7 +4,8 @@
 looked up and never interpreted: whatever is not the exact name of something hot is not hot.
 
 An answer is written once, and kept with what it is made of. Once a second its date is written anew, in place,
-and a note is made that it is used; what is left for each request is to look it up and to count it.
+and a note is made that it is used; what is left for each request is to look it up and to count it. A
+small NAR that is asked for the first time is read, if that takes no waiting.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Lookup = Callable[[Asker], bytearray | SharedAnswer | None]
 """Looks up what a request asked for; None where this lane has no answer. What it returns is to be sent before
 anything else is looked up: the date in it is brought up to date in place, and files of answers are closed."""
 
-SMALL_NAR: Final = 128 * 2**10
+SMALL_NAR: Final = 256 * 2**10
 """Bytes up to which a NAR is answered here: one write, and nothing left for the transport."""
 
 NAR_BYTES: Final = 32 * 2**20
@@ -121,15 +122,18 @@ class _NarRequest:
         lane = self._lane
         if not lane.open:
             return None
-        nar = lane.nar(self._target) or lane.bring_in(self._target, self._name)
-        if nar is None:
-            return None
+        nar = lane.nar(self._target)
+        if nar is not None:
+            nar.used = True
+        else:
+            nar = lane.bring_in(self._target, self._name)  # which notes that it is used
+            if nar is None:
+                return None
         if nar.answered_in != lane.second:
             self._refresh(nar)
         nar.requests += 1
         if nar.requests == OFTEN:
             nar.answer = lane.shared.share(nar.whole)
-        nar.used = True
         if not asker.fetches:
             asker.fetches = True
             lane.prefetch.asked_nar(asker.client)
