@@ -163,7 +163,13 @@ class Process:
         if cargo.nar_size < LONG:
             _keep(data, cargo)
         else:
-            await self._loop.run_in_executor(self._judges, _keep, data, cargo)
+            job = self._loop.run_in_executor(self._judges, _keep, data, cargo)
+            try:
+                await asyncio.shield(job)
+            except asyncio.CancelledError:
+                await asyncio.gather(job, return_exceptions=True)
+                Partial.closed(Path(cargo.path), len(data)).discard()  # nobody waits for it now
+                raise
 
     def _session(self, order: Order) -> aiohttp.ClientSession:
         key = order.ca_file, order.connect_timeout, order.read_timeout

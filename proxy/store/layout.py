@@ -59,6 +59,10 @@ class Layout:
         """An upstream's own narinfo of a path whose NAR is not here (yet)."""
         return self.remembered / upstream / f"{hash_part}.narinfo"
 
+    def remembered_narinfo_name(self, upstream: str, hash_part: HashPart) -> str:
+        """The same as a text, for whoever is in a hurry."""
+        return f"{self._prefix}.state/narinfo/{upstream}/{hash_part}.narinfo"
+
     def file(self, path: str) -> Path:
         """Any other file of the cache.
 

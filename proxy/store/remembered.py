@@ -61,7 +61,7 @@ class Remembered:
         pending = self._pending.get((upstream, hash_part))
         if pending is not None:
             return pending
-        return read(self._layout.remembered_narinfo(upstream, hash_part))
+        return read(self._layout.remembered_narinfo_name(upstream, hash_part))
 
     def put(self, upstream: str, hash_part: HashPart, text: bytes) -> None:
         """Take in what an upstream said of a path."""
