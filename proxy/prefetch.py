@@ -5,9 +5,10 @@ Two things are done ahead of clients, each of which can be turned off:
 - **References are walked**: what a narinfo refers to is looked up before the client gets there. Nix asks
   level by level, and each level costs it a round trip to the upstream otherwise.
 - **NARs are fetched** of paths whose narinfo a client itself has asked for, small ones first, since those
-  are bound by round trips and not by bandwidth. A client's first NAR request shows that it wants them all;
-  before that it has a budget, because it may be one that only asks (``nix path-info``). A budget that was
-  spent on such a client is not given again until it fetches a NAR.
+  are bound by round trips and not by bandwidth. A client's first NAR request shows that it wants them all,
+  and then large ones fill the line beside the small ones. Before that it has a budget, because it may be one
+  that only asks (``nix path-info``). A budget that was spent on such a client is not given again until it
+  fetches a NAR.
 
 All of it is bounded: by a part of the upstream's connections, so that clients' own requests always find one
 free; by the room in the store, so that nothing is evicted for it; and it ends when its client has left.
@@ -16,7 +17,7 @@ free; by the room in the store, so that nothing is evicted for it; and it ends w
 from __future__ import annotations
 
 import asyncio
-import heapq
+import bisect
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -38,6 +39,9 @@ CLIENTS = 1_000
 
 WALKED = 100_000
 """Paths that are walked for one client, and that it is remembered to have asked for."""
+
+LARGE_ONE_OF = 4
+"""Of so many downloads for a client that fetches, one is the largest: small ones leave the line idle."""
 
 FEWEST = 4
 """Connections below which none is to spare."""
@@ -69,13 +73,15 @@ class LookAhead:
 class Client:
     """What one client has asked for, and may still cause.
 
-    ``wanted`` is a heap of NARs by size. ``budget`` is in bytes, and of no account once ``fetches``.
+    ``wanted`` are NARs, sorted by size; ``taken`` counts those since the client ``fetches``. ``budget`` is in
+    bytes, and of no account from then on.
     ``to_walk`` begins with what the client will ask for next, as far as anybody can tell.
     """
 
     budget: int
     connections: int = 1
     fetches: bool = False
+    taken: int = 0
     asked: set[HashPart] = field(default_factory=set)
     wanted: list[tuple[int, int, NarName]] = field(default_factory=list)
     walked: set[HashPart] = field(default_factory=set)
@@ -89,10 +95,15 @@ class Client:
         """
         if not self.wanted:
             return None
-        size, _, name = self.wanted[0]
+        at = 0
+        if self.fetches:
+            self.taken += 1
+            if self.taken % LARGE_ONE_OF == 0 and self.wanted[-1][0] <= room:
+                at = -1
+        size, _, name = self.wanted[at]
         if size > room or (not self.fetches and size > self.budget):
             return None
-        heapq.heappop(self.wanted)
+        del self.wanted[at]
         self.budget -= 0 if self.fetches else size
         return size, name
 
@@ -191,7 +202,7 @@ class Prefetch:
         client.asked.add(hash_part)
         if self._rules.nars and not known.kept:
             size = known.info.file_size or known.info.nar_size
-            heapq.heappush(client.wanted, (size, next(self._order), known.info.nar_name))
+            bisect.insort(client.wanted, (size, next(self._order), known.info.nar_name))
             if client not in self._wanting:
                 self._wanting.append(client)
         self._walk_from(client, known)

@@ -6,7 +6,7 @@ Clients are names here; what they do over HTTP is in `tests.test_look_ahead`.
 from __future__ import annotations
 
 import asyncio
-import heapq
+import bisect
 import itertools
 import random
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ from proxy.known import KnownPath
 from proxy.nix.hashes import Hash
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import parse_hash_part
-from proxy.prefetch import Client, LookAhead
+from proxy.prefetch import LARGE_ONE_OF, Client, LookAhead
 from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunSimulator, StartSimulator
 from tests.faults import Gate
@@ -55,7 +55,7 @@ def a_nar(number: int) -> NarName:
 def want(client: Client, sizes: Iterable[int], first: int = 0) -> None:
     """Let a client ask for NARs of these sizes; the first one is number ``first``."""
     for number, size in enumerate(sizes, start=first):
-        heapq.heappush(client.wanted, (size, number, a_nar(number)))
+        bisect.insort(client.wanted, (size, number, a_nar(number)))
 
 
 def take_all(client: Client, room: int = ENDLESS) -> list[tuple[int, NarName]]:
@@ -96,12 +96,17 @@ def test_before_a_nar_request(sizes: list[int], budget: int, room: int) -> None:
 
 @given(sizes=st.lists(SIZES), budget=st.integers(0, 5_000), room=st.integers(0, 1_500))
 def test_after_a_nar_request(sizes: list[int], budget: int, room: int) -> None:
-    """All that finds room, small ones first and of equals the one asked for first; for nothing."""
+    """All that finds room, for nothing: small ones first, and now and then the largest."""
     client = Client(budget, fetches=True)
     want(client, sizes)
-    by_size = sorted((size, number) for number, size in enumerate(sizes) if size <= room)
+    left = sorted((size, number) for number, size in enumerate(sizes))
+    taken = take_all(client, room)
 
-    assert take_all(client, room) == [(size, a_nar(number)) for size, number in by_size]
+    assert len(taken) == len([size for size in sizes if size <= room])
+    for count, wish in enumerate(taken, start=1):
+        large = count % LARGE_ONE_OF == 0 and left[-1][0] <= room
+        size, number = left.pop(-1 if large else 0)
+        assert wish == (size, a_nar(number))
     assert client.budget == budget
 
 
