@@ -7,7 +7,7 @@ its own, so that readers cost no memory and do not notice each other.
 What the verifier has seen may be read at once, except for the last `HELD_BACK` bytes of it; the `FIRST` bytes
 of a file do not wait for those behind them, and its last ones are released when the whole has been verified,
 so a reader of a bad file never gets it complete. A file of `WHOLE` bytes or less is released whole or not at
-all.
+all, and so is one that another process fetches (`proxy.carriage`).
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class Transfer:
         self._places[self.upstream] = self._at
         self._givers.add(self.upstream)
         try:
-            await carry(self._asker, self._what, self._at, landing)
+            await carry(self._asker, self._what, self._at, self._readers, landing)
         except (StoreError, UpstreamBrokeOffError):
             pass  # it can be read, and if it breaks off then, continued
         except (NotFoundError, UpstreamError) as error:

@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 import pytest
 
-from proxy.events import FetchEnded, Published, Rejected
+from proxy.events import BreakerOpened, FetchEnded, Published, Rejected
 from proxy.porter.porter import MANY
 from proxy.prefetch import LookAhead
 from proxy.store.eviction import Limits
@@ -18,7 +18,7 @@ from proxy.supplier import CARRIED, UNPACKED
 from proxy.supply import WHOLE
 from tests.closures import COMPRESSIONS, SigningKey, StoreEntry, closure
 from tests.conftest import StartProxy, StartSimulator
-from tests.faults import Corrupt, Gate, Status
+from tests.faults import Corrupt, Cut, Gate, Status
 from tests.folder_oracle import complete_paths
 from tests.inside import InsideProxy
 from tests.porters import WatchedPorter
@@ -57,13 +57,44 @@ Crowd = Callable[..., Awaitable[tuple[InsideProxy, BinaryCacheSimulator]]]
 def crowd(sim: StartSimulator, start: StartProxy) -> Crowd:
     """Return a function that does so."""
 
-    async def run(*entries: StoreEntry) -> tuple[InsideProxy, BinaryCacheSimulator]:
+    async def run(*entries: StoreEntry, **options: int) -> tuple[InsideProxy, BinaryCacheSimulator]:
         cache = await sim(*entries)
-        proxy = await start(cache, look_ahead=LookAhead(narinfos=False), limits=Limits())
+        look_ahead = LookAhead(narinfos=False)
+        proxy = await start(cache, look_ahead=look_ahead, limits=Limits(), **options)
         await proxy.eventually(lambda: proxy.store.room)
         return proxy, cache
 
     return run
+
+
+async def begun(proxy: InsideProxy, cache: BinaryCacheSimulator, entry: StoreEntry) -> Gate:
+    """Have a NAR fetched ahead, and return the gate that holds it up half way."""
+    gate = Gate(len(entry.file) // 2)
+    cache.fault(entry.nar_path, gate)
+    await proxy.nar_url(entry.hash_part)
+    await gate.reached.wait()
+    return gate
+
+
+async def crowded(
+    crowd: Crowd, *entries: StoreEntry, others: int = MANY, **options: int
+) -> tuple[tuple[InsideProxy, BinaryCacheSimulator], list[Gate]]:
+    """Start both with ``others`` small NARs under way, and return the gates that hold these up."""
+    many = [sized(1_000 + 8 * number) for number in range(others)]
+    proxy, cache = await crowd(*entries, *many, **options)
+    return (proxy, cache), [await begun(proxy, cache, each) for each in many]
+
+
+async def pulled_at_once(proxy: InsideProxy, entry: StoreEntry) -> bytes:
+    """Return a NAR as a client gets it whose narinfo it has asked for."""
+    answer = await proxy.pull(nar_target(entry))
+    assert (answer.status, answer.complete) == (200, True)
+    return answer.body
+
+
+def nar_target(entry: StoreEntry) -> str:
+    """Return the URL that the proxy gives the NAR of an uncompressed path."""
+    return f"/nar/{entry.hash_part}-{entry.nar_hash}.nar"
 
 
 def sized(size: int) -> StoreEntry:
@@ -196,14 +227,8 @@ async def test_ahead_of_clients_it_may_be_larger(
     porter: WatchedPorter,
 ) -> None:
     """One of many, for which nobody waits yet, is carried up to 1 MiB; who comes meanwhile gets all of it."""
-    many = [sized(1_000 + 8 * number) for number in range(others)]
-    proxy, cache = await crowd(entry, *many)
-    gates = []
-    for each in (*many, entry):
-        gates.append(Gate(len(each.file) // 2))
-        cache.fault(each.nar_path, gates[-1])
-        await proxy.nar_url(each.hash_part)
-        await gates[-1].reached.wait()
+    (proxy, cache), gates = await crowded(crowd, entry, others=others)
+    gates.append(await begun(proxy, cache, entry))
     assert len(porter.orders) == others + carried
     client = asyncio.create_task(pulled(proxy, entry))
     for gate in gates:
@@ -212,6 +237,61 @@ async def test_ahead_of_clients_it_may_be_larger(
     assert cache.gets(entry.nar_path) == 1
     assert len(porter.orders) == others + carried
     assert entry.narinfo_path[1:] in proxy.kept
+
+
+async def test_who_waits_sees_it_arrive(crowd: Crowd, porter: WatchedPorter) -> None:
+    """Among many, too, a larger NAR for which a client waits is streamed by the daemon."""
+    large = sized(CARRIED - 8)
+    (proxy, cache), gates = await crowded(crowd, large)
+    gate = Gate(len(large.file) // 2)
+    cache.fault(large.nar_path, gate)
+    async with proxy.session.get(f"{proxy.url}{nar_target(large)}") as answer:
+        assert await answer.content.readexactly(1_000) == bytes(large.file)[:1_000]
+        assert len(porter.orders) == MANY
+        for each in (gate, *gates):
+            each.open()
+        assert await answer.read() == bytes(large.file)[1_000:]
+    await proxy.idle()
+
+
+async def test_who_comes_before_it_is_asked_for_sees_it_arrive(
+    crowd: Crowd, porter: WatchedPorter
+) -> None:
+    """As long as a larger NAR waits for a connection, a client may still come and have it streamed."""
+    large = sized(CARRIED - 8)
+    (proxy, cache), gates = await crowded(crowd, large, max_connections=2 * MANY)
+    gate = Gate(len(large.file) // 2)
+    cache.fault(large.nar_path, gate)
+    url = await proxy.nar_url(large.hash_part)
+    await proxy.eventually(lambda: proxy.cache.fetches_in_flight == MANY + 1)
+    assert cache.gets(large.nar_path) == 0
+    client = asyncio.create_task(pulled(proxy, large))
+    fetch = proxy.cache._fetches[url.removeprefix("/nar/")]
+    await proxy.eventually(lambda: fetch.are_waiting)
+    gates[0].open()
+    await gate.reached.wait()
+    assert len(porter.orders) == MANY
+    for each in (gate, *gates):
+        each.open()
+    assert await client == bytes(large.file)
+    assert len(porter.orders) == MANY
+
+
+async def test_a_larger_one_that_breaks_off(crowd: Crowd, porter: WatchedPorter) -> None:
+    """Large NARs that break off far behind their beginning are read again, and close no upstream."""
+    larges = [sized(CARRIED - 8 * number) for number in range(1, 7)]
+    (proxy, cache), gates = await crowded(crowd, *larges)
+    for each in larges:
+        cache.fault(each.nar_path, Cut(900_000), times=1)
+        await proxy.nar_url(each.hash_part)
+    bodies = await asyncio.gather(*(pulled_at_once(proxy, each) for each in larges))
+    assert bodies == [bytes(each.file) for each in larges]
+    for gate in gates:
+        gate.open()
+    await proxy.idle()
+    assert len(porter.orders) == MANY + len(larges)
+    assert not proxy.observed(BreakerOpened)
+    assert {cache.gets(each.nar_path) for each in larges} == {2}
 
 
 async def test_the_first_ones_do_not_wait_for_it(

@@ -407,13 +407,16 @@ async def test_the_look_ahead_hears_of_all_clients(
     walked = upstream.expect(LARGE.narinfo_path)
     fetched = upstream.expect(entry.nar_path)
     proxy = daemon(upstream.url, workers=2, config='[prefetch]\nnarinfos = true\nnars = "wanted"')
-    async with Wire(proxy.url) as wire:
-        assert (await wire.ask(entry.narinfo_path)).status == 200
+    async with AsyncExitStack() as stack:
+        first, second = one_each(await connections(stack, proxy))
+        assert (await first.ask(entry.narinfo_path)).status == 200
         await walked.wait()
         await fetched.wait()
         proxy.wait_for_log("stored")
         assert proxy.metric("prefetched_unasked_bytes") == len(entry.file)
-        assert (await wire.ask(nar_target(entry))).body == bytes(entry.file)
+        assert (await second.ask(entry.narinfo_path)).headers["x-cache"] == "HIT"
+        answer = await second.ask(nar_target(entry))
+        assert (answer.body, answer.headers["x-cache"]) == (bytes(entry.file), "PREFETCHED")
         assert proxy.metric("prefetched_unasked_bytes") == 0
         assert proxy.metric("response_bytes_total", result="PREFETCHED") == len(entry.file)
     assert upstream.gets(LARGE.nar_path) == 0

@@ -1,7 +1,7 @@
 """The fast lane: hot answers, finished before any HTTP machinery runs.
 
-`proxy.server.connection` decides which requests may take it; this module knows the answers. A target is
-looked up and never interpreted: whatever is not the exact name of something hot is not hot.
+`proxy.server.connection` decides which requests may take it; this module knows the answers. A target is the
+exact name of a narinfo or a NAR, by the same grammar as in the long way, or it is not for this lane.
 
 An answer is written once, and kept with what it is made of. Once a second its date is written anew, in place,
 and a note is made that it is used; what is left for each request is to look it up and to count it. A

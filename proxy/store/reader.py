@@ -109,7 +109,7 @@ def _opened(path: str) -> int | None:
 
 
 def is_there(path: str) -> bool:
-    """Tell whether there is such a file, as far as the disk says; `Path.exists` takes ten times as long."""
+    """Tell whether there is such a file, as far as the disk says; `Path.exists` takes longer."""
     return os.access(path, os.F_OK)
 
 

@@ -76,8 +76,9 @@ class Heading:
     content_type: str
 
 
-LONGEST = 600.0
-"""Seconds that one may take, however steadily it arrives; then it is read like any other file."""
+LONGEST = 120.0
+"""Seconds that one may take, however steadily it arrives; then it is read like any other file. Until then who
+waits for it sees nothing, and Nix gives up after 300 (``stalled-download-timeout``)."""
 
 TOLD = ("Location", "Retry-After", "Content-Encoding")
 

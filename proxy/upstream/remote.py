@@ -18,7 +18,7 @@ import contextlib
 import re
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import aiohttp
@@ -180,23 +180,26 @@ class Upstream:
             self._refuse_coding(response)
             yield Body(self.name, response)
 
-    async def carry(self, reference: str, cargo: Cargo) -> None:
+    async def carry(self, reference: str, cargo: Cargo, is_wanted: Callable[[], bool]) -> None:
         """Have a NAR put where it belongs, verified, by another process.
 
         Args:
             reference: The URL of its narinfo, as for `nar`.
             cargo: What it has to be, and where it goes.
+            is_wanted: Tells, when there is a connection for it, whether it is still wanted in that way.
 
         Raises:
             NotFoundError: It is not there.
             UpstreamError: Anything else went wrong.
             TrustError: What came is not what it has to be.
-            StoreError: It could not be written, or the carrier is gone.
+            StoreError: It could not be written, is not wanted any more, or the carrier is gone.
         """
         if self.carrier is None:
             raise StoreError("nobody carries anything")
         url = self.resolve(reference)
         async with self._slot(self._nar_slots), self._slot(self._slots):
+            if not is_wanted():
+                raise StoreError("somebody waits for its beginning")
             for _ in range(MAX_REDIRECTS + 1):
                 head = await self.carrier.carry(self._order(url), cargo)
                 if head.status not in _REDIRECTS:

@@ -52,7 +52,7 @@ class Carried:
         cargo = Cargo(where, size, ENTRY.compression, nar_hash, nar_size, file_hash)
         try:
             upstream.carrier = self.porter
-            await upstream.carry(reference, cargo)
+            await upstream.carry(reference, cargo, lambda: True)
         except ProxyError:
             assert not self._is_there()
             raise
