@@ -111,6 +111,11 @@ class Times:
     fetched: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
+    @property
+    def row(self) -> str:
+        """What it is called."""
+        return f"{self.command}, Nix {self.nix}"
+
     def add(self, source: str, seconds: float) -> None:
         """Take in one run."""
         print(f"  {self.command} (Nix {self.nix}), {source}: {seconds:.1f} s", flush=True)
@@ -215,6 +220,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cold")
     group.add_argument("--paths", type=int, default=2_000, help="in the closure (%(default)s)")
     group.add_argument("--megabytes", type=float, default=210, help="of it (%(default)s)")
+    group.add_argument("--pull", default="", help="only rows that contain this")
     group.add_argument(
         "--nix", type=Path, action="append", default=[], help="root of another system with Nix"
     )
@@ -242,6 +248,7 @@ def _measure(closure: Closure, folder: Path, options: argparse.Namespace) -> lis
         for maker in makers
         for command in COMMANDS
     ]
+    pulls = [(times, maker) for times, maker in pulls if options.pull in times.row]
     deadline = time.monotonic() + options.minutes * 60
     with ExitStack() as stack:
         run = stack.enter_context
@@ -276,7 +283,7 @@ def _line(times: Times) -> tuple[str, ...]:
     )
     bar = BARS.get((times.command, _short(times.nix)))
     return (
-        *(f"{times.command}, Nix {times.nix}", direct, cold),
+        *(times.row, direct, cold),
         *(times.ratio("cold", "direct").text(), f"≤ {bar}" if bar else "–"),
         f"{Spread.of(times.cpu).median:.1f} s",
         f"{Spread.of(times.fetched).median:.1%}",
