@@ -37,7 +37,7 @@ from proxy.store.publisher import Publication, Publisher
 from proxy.upstream.carriage import Cargo, Heading, Order
 
 IDLE: Final = 60.0
-"""Seconds without a task after which the process is ended: it takes some 45 MB."""
+"""Seconds without a task after which the process is ended: it takes 45 to 70 MB."""
 
 ANSWER_TIMEOUT: Final = 10.0
 """Seconds in which it has to say that it lives, as long as anything is waited for."""
