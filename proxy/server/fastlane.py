@@ -46,7 +46,7 @@ Lookup = Callable[[Asker], bytearray | SharedAnswer | None]
 anything else is looked up: the date in it is brought up to date in place, and files of answers are closed."""
 
 SMALL_NAR: Final = 256 * 2**10
-"""Bytes up to which a NAR is answered here: one write, and nothing left for the transport."""
+"""Bytes up to which a NAR is answered here: one write, and for slow clients a rest for the transport."""
 
 NAR_BYTES: Final = 32 * 2**20
 """Bytes of small NARs in memory, the ones asked for last. Out of memory one costs a third less than with

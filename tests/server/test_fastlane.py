@@ -743,7 +743,7 @@ def test_metrics(daemon: RunDaemon, threaded_sim: RunSimulator) -> None:
     proxy.stop()
     told = proxy.logged("requests")
     assert served(told, "narinfo") == narinfos - 1 + absences - 1
-    assert served(told, "nar") >= nars - 2  # once as it arrives, and once as it is put away
+    assert nars - 2 <= served(told, "nar") < nars  # once as it arrives, and once as it is put away
 
 
 @pytest.mark.parametrize("between", [None, LARGE_NAR, "/healthz", NARINFO])
@@ -766,7 +766,7 @@ def test_whatever_is_between(
     for each in (warming, client):
         each.close()
     proxy.stop()
-    assert served(proxy.logged("requests"), "nar") >= 50
+    assert 50 <= served(proxy.logged("requests"), "nar") <= 51  # it may be put away at the first
 
 
 async def test_a_target_that_leads_out_of_the_store(proxy: InsideProxy) -> None:
