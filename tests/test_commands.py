@@ -11,7 +11,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tests.faults import Reset
 from tests.folder_oracle import complete_paths
 from tests.nix_client import NixClient
 from tests.test_cli import ABSENT, assert_failed, run, status
+from tests.waiting import eventually
 
 ENTRY = StoreEntry.make("hello-1.0")
 
@@ -138,10 +138,7 @@ def test_commands_work_again_after_the_state_was_deleted(
     keep_all(proxy)
     shutil.rmtree(proxy.store / ".state")
     lock, control = (proxy.store / ".state" / name for name in ("lock", "control.sock"))
-    deadline = time.monotonic() + 20
-    while not (lock.exists() and control.exists()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    eventually(lambda: lock.exists() and control.exists())
     assert "fetching  0" in on(proxy, "status").stdout
     assert pins_of(proxy)["mine"]["missing"] == 0
     assert proxy.get(ROOT.narinfo_path)
@@ -304,9 +301,7 @@ def test_what_is_missing_of_a_pin_is_said_and_fetched_again(
 
     upstream.files[leaf.nar_path] = nar
     proxy.start()
-    deadline = time.monotonic() + 20
-    while pins_of(proxy)["mine"]["missing"]:
-        assert time.monotonic() < deadline
+    eventually(lambda: not pins_of(proxy)["mine"]["missing"])
     assert pins_of(proxy)["mine"]["lacking"] == []
 
 

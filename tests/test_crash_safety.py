@@ -11,7 +11,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -31,6 +31,7 @@ from tests.simulator import BinaryCacheSimulator
 from tests.small_disk import fill, small_disk
 from tests.store.publishing import nar_name, narinfo_text
 from tests.store.test_index import on_disk
+from tests.waiting import eventually
 
 ROUNDS = int(os.environ.get("NCP_CRASH_ROUNDS", "15"))
 CLIENTS = 8
@@ -93,13 +94,6 @@ def _pull_all(daemon: DaemonProcess, entries: Sequence[StoreEntry]) -> None:
     assert [nar == bytes(entry.file) for nar, entry in zip(nars, entries, strict=True)] == [
         True for _ in entries
     ]
-
-
-def _eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 def _leftovers(daemon: DaemonProcess) -> list[Path]:
@@ -174,7 +168,7 @@ def test_kill_leaves_a_download_behind(
     with ThreadPoolExecutor(1) as client:
         pull = client.submit(_try_to_pull, daemon, entry)
         gate.reached.block(PATIENCE)
-        _eventually(lambda: any(path.stat().st_size > 100_000 for path in _leftovers(daemon)))
+        eventually(lambda: any(path.stat().st_size > 100_000 for path in _leftovers(daemon)))
         daemon.kill()
         assert pull.result() is None
     assert _leftovers(daemon) != []
@@ -207,8 +201,8 @@ def test_kill_over_and_over(
     daemon.start()
     _pull_all(daemon, entries)
     everything = {entry.hash_part for entry in entries}
-    _eventually(lambda: complete_paths(daemon.store, [key]) == everything)
-    _eventually(lambda: daemon.metric("store_bytes") == on_disk(daemon.store).bytes)
+    eventually(lambda: complete_paths(daemon.store, [key]) == everything)
+    eventually(lambda: daemon.metric("store_bytes") == on_disk(daemon.store).bytes)
     assert daemon.metric("store_paths") == len(entries)
 
 
@@ -278,11 +272,11 @@ def test_nar_without_narinfo_is_served(
     entry, narinfo = half_published
     with daemon:
         _pull_all(daemon, [entry])
-        _eventually(narinfo.exists)
+        eventually(narinfo.exists)
 
         assert upstream.gets(entry.nar_path) == 0
         assert complete_paths(daemon.store, [key]) == {entry.hash_part}
-        _eventually(lambda: daemon.metric("store_bytes") == on_disk(daemon.store).bytes)
+        eventually(lambda: daemon.metric("store_bytes") == on_disk(daemon.store).bytes)
 
 
 def test_nar_without_narinfo_needs_no_upstream(
@@ -297,7 +291,7 @@ def test_nar_without_narinfo_needs_no_upstream(
     upstream.down()
     with daemon:
         _pull_all(daemon, [entry])
-        _eventually(narinfo.exists)
+        eventually(narinfo.exists)
 
         assert complete_paths(daemon.store, [key]) == {entry.hash_part}
         assert _get(f"{daemon.url}{entry.narinfo_path}")[1] == "HIT"
@@ -350,7 +344,7 @@ def test_state_can_be_deleted(
     with daemon:
         _pull_all(daemon, entries)
         assert {_get(f"{daemon.url}{entry.narinfo_path}")[1] for entry in entries} == {"HIT"}
-        _eventually(lambda: daemon.metric("store_bytes") == on_disk(daemon.store).bytes)
+        eventually(lambda: daemon.metric("store_bytes") == on_disk(daemon.store).bytes)
         assert daemon.metric("store_paths") == len(entries)
 
     assert complete_paths(daemon.store, [key]) == {entry.hash_part for entry in entries}

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,16 +29,10 @@ from tests.simulator import BinaryCacheSimulator
 from tests.small_disk import fill, mount_over, small_disk, unmount
 from tests.store.publishing import nar_name
 from tests.strace import require_strace
+from tests.waiting import eventually
 
 PATIENCE = 60.0
 DISK = 64 * 2**20
-
-
-def _eventually(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
 
 
 def _take_all_room(daemon: DaemonProcess) -> None:
@@ -93,7 +86,7 @@ def _injected(daemon: DaemonProcess, what: str) -> Iterator[None]:
     command = ["strace", "-f", "-q", "-o", "/dev/null", "-e", "trace=write,fsync", "-e", what]
     tracer = subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.DEVNULL)
     status = Path(f"/proc/{pid}/status")
-    _eventually(lambda: f"TracerPid:\t{tracer.pid}\n" in status.read_text())
+    eventually(lambda: f"TracerPid:\t{tracer.pid}\n" in status.read_text())
     try:
         yield
     finally:
@@ -217,7 +210,7 @@ class Scene:
         narinfo = self.daemon.get(first.narinfo_path).decode()
         url = dict(line.split(": ", 1) for line in narinfo.splitlines())["URL"]
         assert self.daemon.get(f"/{url}") == bytes(first.file)
-        _eventually((self.daemon.store / f"{first.hash_part}.narinfo").exists)
+        eventually((self.daemon.store / f"{first.hash_part}.narinfo").exists)
         self.upstream.fault(self.waiting.nar_path, self.gate, times=1)
         with ThreadPoolExecutor(1) as client:
             pull = client.submit(self.pull, "first")
@@ -241,9 +234,9 @@ class Scene:
 
     def mended(self) -> None:
         """See that keeping has been resumed by itself: a second pull ends with everything kept."""
-        _eventually(lambda: self.daemon.metric("store_writable") == 1)
+        eventually(lambda: self.daemon.metric("store_writable") == 1)
         self.pull("second")
-        _eventually(self.is_kept)
+        eventually(self.is_kept)
         assert self.daemon.get("/readyz") == b"ready\n"
         assert self.daemon.metric("faults_total") == 0
         for entry in self.entries:
@@ -296,5 +289,5 @@ def test_a_disk_that_is_full_for_a_large_nar(
             answers = clients.map(lambda _: daemon.get(f"/{url}") == bytes(large.file), range(20))
             assert all(answers)
         assert daemon.rss - before < 60 * 2**20
-        _eventually(lambda: daemon.metric("store_writable") == 1)
+        eventually(lambda: daemon.metric("store_writable") == 1)
         assert list((daemon.store / ".state" / "partial").iterdir()) == []

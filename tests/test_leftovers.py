@@ -22,6 +22,7 @@ from tests.faults import Cut, Fault, Headers, NoRanges, Stall, Status
 from tests.inside import InsideProxy
 from tests.nix_client import NixClient
 from tests.simulator import BinaryCacheSimulator
+from tests.waiting import eventually
 
 CONTENT = random.Random(9).randbytes(2_000_000)
 NAR = StoreEntry.make("large-1.0", CONTENT, compression="none")
@@ -216,10 +217,7 @@ def test_killed(
     reading = threading.Thread(target=lambda: _ignoring(read))
     reading.start()
     partials = proxy.store / ".state/partial"
-    deadline = time.monotonic() + 30
-    while not any(part.stat().st_size == MIDDLE for part in partials.glob(f"*{DATA}")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    eventually(lambda: any(part.stat().st_size == MIDDLE for part in partials.glob(f"*{DATA}")))
     proxy.signal(signal.SIGKILL)
     proxy.wait()
     reading.join(30)

@@ -24,11 +24,13 @@ from proxy.store import index, room
 from proxy.store.eviction import UNLIMITED, Limits
 from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunDaemon, RunSimulator, StartSimulator
+from tests.daemon import DaemonProcess
 from tests.faults import Corrupt, Cut, Fault, Gate, Html, Request, Shorter, Status
 from tests.inside import InsideProxy, Received
 from tests.nix_client import NixClient
 from tests.simulator import BinaryCacheSimulator
 from tests.test_reload import reload
+from tests.waiting import eventually
 
 ALL = LookAhead()
 NARINFOS_ONLY = LookAhead(nars=False)
@@ -734,16 +736,22 @@ def prefetch_table(*, narinfos: bool = True, nars: bool = True, budget: str = "6
     )
 
 
+def measured(proxy: DaemonProcess) -> DaemonProcess:
+    """Return a daemon once it knows how much room there is: until then it fetches no NAR ahead."""
+    eventually(lambda: proxy.metric("store_scanned") == 1)
+    return proxy
+
+
 def test_unasked_bytes_are_a_metric(threaded_sim: RunSimulator, daemon: RunDaemon) -> None:
     """``prefetched_unasked_bytes`` is what was fetched ahead, less what was asked for since."""
     paths = [entry(f"path-{size}", size) for size in (1_000, 20_000, 300_000)]
-    proxy = daemon(threaded_sim(*paths).url, config=prefetch_table())
+    proxy = measured(daemon(threaded_sim(*paths).url, config=prefetch_table()))
     assert proxy.metric("prefetched_unasked_bytes") == 0
     unasked = 0
     for path in paths:
         unasked += len(path.file)
-        while proxy.metric("prefetched_unasked_bytes") != unasked:
-            proxy.get(path.narinfo_path)  # again, should the room not be known yet
+        proxy.get(path.narinfo_path)
+        eventually(lambda: proxy.metric("prefetched_unasked_bytes") == unasked)  # noqa: B023
     for path in paths:
         assert proxy.get(nar_url(path)) == bytes(path.file)
         unasked -= len(path.file)
@@ -759,7 +767,7 @@ def test_a_reload_changes_it(
     leaves = entries("leaf", 4)
     roots = [entry(f"root-{number}", 100, leaf) for number, leaf in enumerate(leaves)]
     upstream = threaded_sim(*leaves, *roots)
-    proxy = daemon(upstream.url)
+    proxy = measured(daemon(upstream.url))
     rules = [(False, False), (True, False), (False, True), (True, True)]
     for (narinfos, nars), root, leaf in zip(rules, roots, leaves, strict=True):
         config = prefetch_table(narinfos=narinfos, nars=nars)
@@ -786,7 +794,7 @@ def test_a_closure_pulled_by_nix(
 ) -> None:
     """Through a cold proxy it costs one narinfo and one NAR for each path, and nothing is wasted."""
     upstream = threaded_sim(*CLOSURE)
-    proxy = daemon(upstream.url, config=prefetch_table(budget=budget))
+    proxy = measured(daemon(upstream.url, config=prefetch_table(budget=budget)))
     root = CLOSURE[0].store_path
     done = (
         nix.copy_from(proxy.url, root)

@@ -8,7 +8,7 @@ import random
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 from urllib.parse import urlsplit
@@ -44,6 +44,7 @@ from tests.closures import SigningKey, StoreEntry
 from tests.conftest import RunDaemon, RunSimulator, require_tool
 from tests.daemon import DaemonProcess
 from tests.faults import Body, Corrupt, Gate, Html, Longer, Reset, Shorter, Stall, Status
+from tests.waiting import eventually
 
 PREFIX = "nix_cache_proxy_"
 
@@ -254,14 +255,6 @@ def request(proxy: DaemonProcess, path: str, method: str = "GET") -> tuple[int, 
 def nar_path(entry: StoreEntry) -> str:
     """Return the URL that the proxy gives to an entry's NAR."""
     return f"/nar/{entry.hash_part}-{entry.nar_hash}.nar"
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Wait for what is counted a moment after the answer has arrived."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it was never counted"
-        time.sleep(0.01)
 
 
 def pull(proxy: DaemonProcess, entry: StoreEntry) -> int:

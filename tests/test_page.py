@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-import time
 import urllib.request
 from html.parser import HTMLParser
 from http.client import HTTPConnection, HTTPMessage
@@ -16,6 +15,7 @@ from tests.closures import SigningKey, StoreEntry
 from tests.conftest import RunDaemon, RunSimulator
 from tests.daemon import DaemonProcess
 from tests.nix_client import NixClient
+from tests.waiting import eventually
 
 ENTRY = StoreEntry.make("hello-1.0")
 
@@ -192,10 +192,7 @@ def test_it_counts_what_is_in_the_store(threaded_sim: RunSimulator, daemon: RunD
     found = re.search(r"^URL: (.*)$", proxy.get(ENTRY.narinfo_path).decode(), re.MULTILINE)
     assert found is not None
     proxy.get(f"/{found[1]}")
-    deadline = time.monotonic() + 30
-    while proxy.metric("store_paths") < 1:  # what was stored is counted in batches
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    eventually(lambda: proxy.metric("store_paths") >= 1)  # what was stored is counted in batches
     assert re.search(r"\b1 paths?,", page(proxy)[1])
 
 

@@ -284,6 +284,8 @@ async def test_a_larger_one_that_breaks_off(crowd: Crowd, porter: WatchedPorter)
     for each in larges:
         cache.fault(each.nar_path, Cut(900_000), times=1)
         await proxy.nar_url(each.hash_part)
+    # Who comes before an order has gone out has the NAR streamed.
+    await proxy.eventually(lambda: len(porter.orders) == MANY + len(larges))
     bodies = await asyncio.gather(*(pulled_at_once(proxy, each) for each in larges))
     assert bodies == [bytes(each.file) for each in larges]
     for gate in gates:

@@ -6,8 +6,6 @@ import contextlib
 import os
 import random
 import signal
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -23,6 +21,7 @@ from tests.folder_oracle import complete_paths
 from tests.porters import is_alive
 from tests.simulator import BinaryCacheSimulator
 from tests.store.publishing import nar_name
+from tests.waiting import eventually
 
 PATIENCE = 10.0
 
@@ -36,14 +35,6 @@ FIRST = [StoreEntry.make(f"first-{number}", b"first") for number in range(WORTH_
 def hash_parts(*entries: StoreEntry) -> set[str]:
     """Return the hash parts of paths."""
     return {entry.hash_part for entry in entries}
-
-
-def eventually(holds: Callable[[], object]) -> None:
-    """Wait until something that is not announced has happened."""
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.005)
 
 
 def nar_target(entry: StoreEntry) -> str:

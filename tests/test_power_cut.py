@@ -21,6 +21,7 @@ from tests.daemon import DaemonProcess
 from tests.folder_oracle import complete_paths
 from tests.power import PowerCut, power_cut
 from tests.store.test_index import on_disk
+from tests.waiting import eventually
 
 CUTS = int(os.environ.get("NCP_POWER_CUTS", "3"))
 PATIENCE = 60.0
@@ -66,18 +67,11 @@ class Aftermath:
                 assert complete_paths(store, [self.key]) == kept
                 assert list((store / ".state" / "partial").iterdir()) == []
                 _pull_all(daemon, pulled)
-                _eventually(daemon, store)
+                # The index agrees with the disk after one scan, and with what was pulled meanwhile.
+                eventually(lambda: daemon.metric("store_bytes") == on_disk(store).bytes)
                 assert daemon.stop() == 0
             assert complete_paths(store, [self.key]) == {entry.hash_part for entry in pulled}
         return kept
-
-
-def _eventually(daemon: DaemonProcess, store: Path) -> None:
-    """Wait until the index agrees with the disk: after one scan, and what was pulled meanwhile."""
-    deadline = time.monotonic() + PATIENCE
-    while daemon.metric("store_bytes") != on_disk(store).bytes:
-        assert time.monotonic() < deadline, "the index does not agree with the disk"
-        time.sleep(0.05)
 
 
 @pytest.mark.timeout(120 + 30 * CUTS)

@@ -26,6 +26,7 @@ from proxy.store.index import Index
 from proxy.store.layout import Layout
 from tests.closures import nix32, sha256
 from tests.strace import require_strace
+from tests.waiting import eventually
 
 PATIENCE = 30.0
 """Seconds after which nobody waits any more."""
@@ -150,11 +151,7 @@ def test_totals_while_open(box: Box) -> None:
     """What was published is counted soon after, and without closing anything."""
     index = box.scanned()
     box.path(1, 100_000)
-    deadline = time.monotonic() + PATIENCE
-    while index.totals != on_disk(box.layout.root) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-    assert index.totals == on_disk(box.layout.root)
+    eventually(lambda: index.totals == on_disk(box.layout.root))
     box.close()
 
 
@@ -556,9 +553,7 @@ def test_index_that_fails_later(box: Box) -> None:
         database.execute("DROP TABLE entry")
     for number in range(2, 6):
         box.path(number, 5000)
-    deadline = time.monotonic() + PATIENCE
-    while not box.failures and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: box.failures)
     assert box.index.wait_scanned(PATIENCE)
     box.path(7, 5000)
 
@@ -571,10 +566,7 @@ def test_folder_that_cannot_be_read(box: Box) -> None:
     (box.layout.root / "realisations").touch()  # where a folder should be
     box.open()
     nar = box.file("nar/one.nar", 5000)
-    deadline = time.monotonic() + PATIENCE
-    while not box.index.totals.bytes and time.monotonic() < deadline:
-        time.sleep(0.01)
-
+    eventually(lambda: box.index.totals.bytes)
     assert box.index.totals.bytes == nar.stat().st_blocks * 512
     assert box.close().bytes == nar.stat().st_blocks * 512
     assert len(box.failures) == 1
@@ -593,18 +585,10 @@ def test_close_at_once(box: Box, *, made: bool) -> None:
 # --- the room -----------------------------------------------------------------------------------
 
 
-def _eventually(condition: Callable[[], bool]) -> None:
-    """Wait until the index's thread has got so far."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def test_room_of_an_unlimited_store(box: Box) -> None:
     """Without limits there is room for what the disk has."""
     index = box.open()
-    _eventually(lambda: index.room > 0)
+    eventually(lambda: index.room > 0)
     disk = os.statvfs(box.layout.root)
     box.close()
 
@@ -616,10 +600,10 @@ def test_room_grows_and_shrinks(box: Box, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(room_module, "overhead", lambda _layout: 0)
     limits = Limits(max_size=1_000_000)
     index = box.open(limits)
-    _eventually(lambda: index.room == 950_000)
+    eventually(lambda: index.room == 950_000)
     box.path(1, 300_000)
-    _eventually(lambda: index.totals.bytes > 0)
-    _eventually(lambda: index.room == 950_000 - index.totals.bytes)
+    eventually(lambda: index.totals.bytes > 0)
+    eventually(lambda: index.room == 950_000 - index.totals.bytes)
     box.close()
 
     assert index.totals == on_disk(box.layout.root)
@@ -638,7 +622,7 @@ def test_no_room_before_the_folder_is_known(box: Box, monkeypatch: pytest.Monkey
     rooms = {index.room}
     while not index.wait_scanned(0):
         rooms.add(index.room)
-    _eventually(lambda: index.room > 0)
+    eventually(lambda: index.room > 0)
     box.close()
 
     assert index.room == 1_900_000 - totals.bytes
@@ -652,7 +636,7 @@ def test_room_after_a_restart(box: Box, monkeypatch: pytest.MonkeyPatch) -> None
     box.path(1, 300_000)
     totals = box.close()
     index = box.open(Limits(max_size=1_000_000))
-    _eventually(lambda: index.room > 0)
+    eventually(lambda: index.room > 0)
     assert index.room == 950_000 - totals.bytes
     box.close()
 
@@ -673,9 +657,9 @@ def test_no_room_beyond_the_limits(box: Box) -> None:
 def test_a_folder_that_vanishes_has_no_room(box: Box) -> None:
     """When the store is gone nothing can be kept in it."""
     index = box.open()
-    _eventually(lambda: index.room > 0)
+    eventually(lambda: index.room > 0)
     shutil.rmtree(box.layout.root)
-    _eventually(lambda: index.room == 0)
+    eventually(lambda: index.room == 0)
     box.close()
 
 
