@@ -152,7 +152,7 @@ async def test_preferred_black_hole(sim: StartSimulator, start: StartProxy) -> N
     """A preferred upstream that never answers is soon not waited for any more."""
     ready = await sim(*PATHS)
     with black_hole() as silent:
-        proxy = await start(silent, ready, budget=0.4)
+        proxy = await start(silent, ready, budget=1.2)
         asked = PATHS[:THRESHOLD]
         assert await statuses(proxy, *asked) == [200] * len(asked)
         await proxy.until(lambda: proxy.observed(BreakerOpened))

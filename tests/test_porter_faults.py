@@ -115,7 +115,7 @@ async def play(
                 folder,
                 *(ill.url, well.url),
                 keys=[key.public],
-                read_timeout=0.3,
+                read_timeout=0.6,
                 strict=True,
                 porter=porter,
             )

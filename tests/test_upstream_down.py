@@ -24,7 +24,7 @@ CACHED = StoreEntry.make("cached-1.0", b"cached\n" * 5_000)
 MISSING = StoreEntry.make("missing-1.0", b"missing\n" * 5_000)
 OTHER = StoreEntry.make("other-1.0", b"other\n")
 
-BUDGET = 0.6
+BUDGET = 1.5
 """Seconds: the ``lookup_budget`` of these proxies."""
 
 SLACK = 2.0
@@ -100,7 +100,7 @@ troubled = pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES.ke
 @pytest.fixture
 def start(start: StartProxy) -> StartProxy:
     """Return a function that starts proxies, as everywhere, with little patience."""
-    return functools.partial(start, budget=BUDGET, read_timeout=0.4)
+    return functools.partial(start, budget=BUDGET, read_timeout=1.0)
 
 
 async def quickly(proxy: InsideProxy, path: str, method: str = "GET") -> Received:
@@ -221,7 +221,7 @@ async def test_nar_behind_a_known_narinfo(
 ) -> None:
     """A NAR that cannot be had is 404 before its first byte, and is there once the upstream is back."""
     cache = await sim(MISSING)
-    proxy = await start(cache, strict=bool(strict), connect_timeout=0.2)
+    proxy = await start(cache, strict=bool(strict), connect_timeout=1.0)
     nar_url = await proxy.nar_url(MISSING.hash_part)
     TROUBLES[name](cache, key)
     for method in ("GET", "HEAD", "GET"):
