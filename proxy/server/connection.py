@@ -38,6 +38,7 @@ from proxy.server.backend import Audience
 from proxy.server.body import STALL_TIMEOUT
 from proxy.server.fastlane import FastLane, Lookup
 from proxy.server.hot_connections import HotConnections
+from proxy.server.same_host import spare_pacing
 from proxy.server.shared import send
 
 KEEPALIVE: Final = 120.0
@@ -189,6 +190,7 @@ class Connection(web.RequestHandler):
             # Whatever a client leaves unread pauses writing, and so starts the watch over it.
             self.transport.set_write_buffer_limits(high=0)
         self._socket = _plain_socket(transport)
+        spare_pacing(transport)
         if hasattr(transport, "max_size"):
             transport.max_size = RECEIVED
         self.client = client_of(transport.get_extra_info("peername"))
