@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 from proxy.events import Result
 from proxy.known import KnownPath
+from proxy.store.files import OpenFile
 
 
 class File(Protocol):
@@ -60,10 +61,14 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class NarBytes:
-    """All of a small NAR of the store, and where it came from."""
+class NarAtHand:
+    """A NAR of the store that can be sent without waiting, and where it came from.
 
-    body: bytes
+    ``body`` is all of it, or an open file if that is larger than `proxy.store.pages.SMALL`; whoever has it
+    closes it.
+    """
+
+    body: bytes | OpenFile
     etag: str | None
     result: Result
     upstream: str

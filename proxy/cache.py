@@ -20,7 +20,7 @@ from typing import Any
 
 from proxy.absences import Absences
 from proxy.ahead import Ahead
-from proxy.answers import Content, NarBytes, Text
+from proxy.answers import Content, NarAtHand, Text
 from proxy.errors import NotFoundError
 from proxy.events import COALESCED, HIT, MISS, PREFETCHED, Observer, Result
 from proxy.failover import Failover
@@ -238,14 +238,14 @@ class Cache:
         was_ahead = self.ahead.asked(str(name))
         return await self._nar(name, PREFETCHED if was_ahead else None)
 
-    def nar_at_hand(self, name: NarName, most: int) -> NarBytes | None:
+    def nar_at_hand(self, name: NarName, most: int) -> NarAtHand | None:
         """Return a NAR of the store that has at most so many bytes, if that takes no waiting."""
         found = self._supplier.nar_at_hand(name, most)
         if found is None:
             return None
         body, known = found
         result = PREFETCHED if self.ahead.asked(str(name)) else HIT
-        return NarBytes(body, known.etag, result, known.origin)
+        return NarAtHand(body, known.etag, result, known.origin)
 
     async def _nar(self, name: NarName, result: Result | None = None) -> Content:
         key = str(name)

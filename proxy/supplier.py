@@ -253,8 +253,8 @@ class Supplier:
             return None
         return file
 
-    def nar_at_hand(self, name: NarName, most: int) -> tuple[bytes, KnownPath] | None:
-        """Return a small NAR of the store if it can be read without waiting, and nothing else is to be done.
+    def nar_at_hand(self, name: NarName, most: int) -> tuple[bytes | OpenFile, KnownPath] | None:
+        """Return a NAR of the store if it can be sent without waiting, and nothing else is to be done.
 
         Args:
             name: The NAR.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection
 from typing import Protocol
 
-from proxy.answers import Content, NarBytes
+from proxy.answers import Content, NarAtHand
 from proxy.events import Result
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
@@ -78,7 +78,7 @@ class Cache(Protocol):
     def keeps_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is in the store."""
 
-    def nar_at_hand(self, name: NarName, most: int) -> NarBytes | None:
+    def nar_at_hand(self, name: NarName, most: int) -> NarAtHand | None:
         """Return a NAR of the store that has at most so many bytes, if that takes no waiting."""
 
     def is_absent(self, key: str) -> bool:

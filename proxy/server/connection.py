@@ -15,9 +15,9 @@ So nothing can hide in a header's value, in another request's body, or behind a 
 sure goes to aiohttp, on the same connection and in order. What a piece was found to ask for is remembered
 (`Server.requests`), which says nothing of the answer.
 
-Answers are written to the socket itself, past the transport, or sent from files (`proxy.server.shared`). That
-is safe because the transport of an idle connection has nothing left to write; what the socket does not take
-at once is left to the transport. After a few of them in a row the socket is also read past the transport
+Answers are written to the socket itself, or sent from files, past the transport (`proxy.server.sending`).
+That is safe because the transport of an idle connection has nothing left to write; what the socket does not
+take at once is left to the transport. After a few of them in a row the socket is also read past the transport
 (`proxy.server.hot_connections`), until something else comes.
 
 This needs to look into aiohttp's `RequestHandler`. `missing_slots` tells when what it looks at is not there
@@ -27,10 +27,11 @@ This needs to look into aiohttp's `RequestHandler`. `missing_slots` tells when w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 from aiohttp.http import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD
 
@@ -38,8 +39,9 @@ from proxy.server.backend import Audience
 from proxy.server.body import STALL_TIMEOUT
 from proxy.server.fastlane import FastLane, Lookup
 from proxy.server.hot_connections import HotConnections
+from proxy.server.plain import is_plain
 from proxy.server.same_host import spare_pacing
-from proxy.server.shared import send
+from proxy.server.sending import send
 
 KEEPALIVE: Final = 120.0
 """Seconds that an idle connection is kept: longer than Nix keeps it (curl: 118 s), so that Nix never
@@ -61,6 +63,9 @@ RECEIVED: Final = 2**16
 """Bytes that are received at once. asyncio would have memory for 256 KiB made each time, which malloc(3)
 gets from the kernel and gives back; that takes longer than a hot request."""
 
+DRAINING: Final = 0.01
+"""Seconds between two looks at whether a client has the rest of its answer, while the daemon stops."""
+
 DISK_TURNS: Final = 20
 """Turns of the event loop in which a quick disk is waited for, which costs less than aiohttp and a thread."""
 
@@ -74,30 +79,11 @@ _SLOTS: Final = (
     "_loop",
     "_next_keepalive_close_time",
     "_paused",
+    "_request_in_progress",
     "_upgraded",
     "_waiter",
 )
 """What is looked at of `web.RequestHandler` and its bases."""
-
-_TELLING_HEADERS: Final = frozenset(
-    {
-        "Authorization",
-        "Connection",
-        "Content-Length",
-        "Expect",
-        "If-Match",
-        "If-Modified-Since",
-        "If-None-Match",
-        "If-Range",
-        "If-Unmodified-Since",
-        "Range",
-        "TE",
-        "Trailer",
-        "Transfer-Encoding",
-        "Upgrade",
-    }
-)
-"""Headers that change the answer, or say that more than headers follows."""
 
 
 class Server(web.Server):
@@ -149,6 +135,7 @@ class Connection(web.RequestHandler):
     __slots__ = (
         "_blocks",
         "_clean",
+        "_held",
         "_hot",
         "_hot_requests",
         "_is_hot",
@@ -180,6 +167,7 @@ class Connection(web.RequestHandler):
         self._hot_requests = 0
         self._prefetch = server.prefetch
         self._stalled: asyncio.TimerHandle | None = None
+        self._held = 0
         self.client = ""
         self.fetches = False
 
@@ -202,23 +190,41 @@ class Connection(web.RequestHandler):
         self._socket = -1  # its number will be another's
         super().connection_lost(exc)
         self._watch(None)
+        self._hold(0)
         self._prefetch.disconnected(self.client)
 
     def pause_writing(self) -> None:
         """Note that the client does not keep up, and drop it when that lasts."""
         super().pause_writing()
         if self.transport is not None:
+            self._hold(self.transport.get_write_buffer_size())
             self._watch(self._loop.call_later(STALL_TIMEOUT, self.transport.abort))
 
     def resume_writing(self) -> None:
         """Note that the client keeps up again."""
         super().resume_writing()
+        self._hold(0)
         self._watch(None)
 
     def _watch(self, stalled: asyncio.TimerHandle | None) -> None:
         if self._stalled is not None:
             self._stalled.cancel()
         self._stalled = stalled
+
+    def _hold(self, size: int) -> None:
+        """Say how many bytes its client has left in our memory."""
+        if self._lane is not None:
+            self._lane.held += size - self._held
+            self._held = size
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109  # aiohttp's
+        """Close the connection once its client has the rest of an answer; `timeout` seconds may pass."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                # While a request is in progress, aiohttp waits for that.
+                while self._held and not self._request_in_progress:  # noqa: ASYNC110  # once in a life
+                    await asyncio.sleep(DRAINING)
+        await super().shutdown(timeout)
 
     def data_received(self, data: bytes) -> None:
         """Answer at once what can be, and leave the rest to aiohttp."""
@@ -260,7 +266,11 @@ class Connection(web.RequestHandler):
         if found is None:
             return False
         self._next_keepalive_close_time = now + KEEPALIVE
-        rest = send(self._socket, found)
+        try:
+            rest = send(self._socket, found)
+        except OSError:
+            self.fail()  # and never let the client take it for the whole
+            return True
         if rest and self.transport is not None:
             self.transport.write(rest)
         return True
@@ -356,7 +366,7 @@ class Connection(web.RequestHandler):
         block = data[data.find(b" ", 4) :]
         if not isinstance(message, RawRequestMessage) or payload is not EMPTY_PAYLOAD:
             self._clean = False
-        elif data.startswith(b"GET /") and _is_plain(message) and len(block) <= LONGEST_BLOCK:
+        elif data.startswith(b"GET /") and is_plain(message) and len(block) <= LONGEST_BLOCK:
             if len(self._blocks) >= MOST_BLOCKS:
                 self._blocks.clear()  # somebody makes them up; the real ones are back at once
             self._blocks.add(block)
@@ -383,14 +393,3 @@ def missing_slots() -> list[str]:
     """Return what this module looks at in aiohttp and that is not there."""
     slots = {slot for kind in web.RequestHandler.__mro__ for slot in getattr(kind, "__slots__", ())}
     return [slot for slot in _SLOTS if slot not in slots]
-
-
-def _is_plain(message: RawRequestMessage) -> bool:
-    """Tell whether a request is a GET of which nothing but the target decides the answer."""
-    return (
-        message.method == "GET"
-        and message.version == HttpVersion11
-        and not (message.should_close or message.upgrade or message.chunked)
-        and message.compression is None
-        and not any(name in message.headers for name in _TELLING_HEADERS)
-    )

@@ -5,7 +5,8 @@ exact name of a narinfo or a NAR, by the same grammar as in the long way, or it 
 
 An answer is written once, and kept with what it is made of. Once a second its date is written anew, in place,
 and a note is made that it is used; what is left for each request is to look it up and to count it. A
-small NAR that is asked for the first time is read, if that takes no waiting.
+small NAR that is asked for the first time is read, and a larger one is sent from its file, if that takes no
+waiting.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final, Literal, Protocol
 
-from proxy.answers import Content, NarBytes
+from proxy.answers import Content, NarAtHand
 from proxy.errors import NotFoundError, RequestError, StoreError
 from proxy.events import HIT, PREFETCHED, FastlaneServed, Observer, Result
 from proxy.nix import resource
@@ -27,7 +28,9 @@ from proxy.nix.store_path import HASH_PART, HashPart
 from proxy.recent import Recent
 from proxy.server.backend import Audience, Cache, HotNarinfo
 from proxy.server.headers import NAR_TYPE, error_headers, file_headers, narinfo_headers, tail
+from proxy.server.sending import FileAnswer
 from proxy.server.shared import OFTEN, SharedAnswer, SharedAnswers
+from proxy.store import pages
 from proxy.store.files import OpenFile
 
 
@@ -41,12 +44,20 @@ class Asker(Protocol):
     """Whether the look-ahead has been told on this connection that its client asks for NARs."""
 
 
-Lookup = Callable[[Asker], bytearray | SharedAnswer | None]
+Lookup = Callable[[Asker], bytearray | SharedAnswer | FileAnswer | None]
 """Looks up what a request asked for; None where this lane has no answer. What it returns is to be sent before
 anything else is looked up: the date in it is brought up to date in place, and files of answers are closed."""
 
-SMALL_NAR: Final = 256 * 2**10
-"""Bytes up to which a NAR is answered here: one write, and for slow clients a rest for the transport."""
+LARGEST_NAR: Final = 2**20
+"""Bytes up to which a NAR is answered here: what others wait for meanwhile, and what a slow client leaves to
+the transport."""
+
+SMALL_NAR: Final = pages.SMALL
+"""Bytes up to which it is kept in memory."""
+
+MOST_HELD: Final = 32 * 2**20
+"""Bytes that slow clients may leave in our memory, all together, until NARs take the long way, which holds
+nothing."""
 
 NAR_BYTES: Final = 32 * 2**20
 """Bytes of small NARs in memory, the ones asked for last. Out of memory one costs a third less than with
@@ -89,8 +100,8 @@ class _Count:
         self.body_bytes = 0
 
 
-class _SmallNar:
-    """A small NAR of the store, in memory as the answer to a request for it."""
+class _Nar:
+    """A NAR of the store as the answer to a request for it: a small one in memory, else from its file."""
 
     __slots__ = ("answer", "answered_in", "count", "name", "requests", "size", "used", "whole")
 
@@ -98,7 +109,7 @@ class _SmallNar:
         self.name = name
         self.count = count
         self.whole = whole
-        self.answer: bytearray | SharedAnswer = whole
+        self.answer: bytearray | SharedAnswer | FileAnswer = whole
         """What is sent: all of it, in this second perhaps from a file."""
         self.answered_in = -1.0
         self.requests = 0
@@ -117,10 +128,10 @@ class _NarRequest:
         self._target = target
         self._name = name
 
-    def answer(self, asker: Asker) -> bytearray | SharedAnswer | None:
+    def answer(self, asker: Asker) -> bytearray | SharedAnswer | FileAnswer | None:
         """Return the answer. Every line in here is one that all hits pay for."""
         lane = self._lane
-        if not lane.open:
+        if not lane.open or lane.held >= MOST_HELD:
             return None
         nar = lane.nar(self._target)
         if nar is not None:
@@ -142,7 +153,7 @@ class _NarRequest:
         count.body_bytes += nar.size
         return nar.answer
 
-    def _refresh(self, nar: _SmallNar) -> None:
+    def _refresh(self, nar: _Nar) -> None:
         """Write the date anew, and note that this NAR was used last: once a second, for as long as it is."""
         lane = self._lane
         nar.answer = nar.whole
@@ -237,13 +248,15 @@ class FastLane:
         self.absent_until = cache.absent_until
         self.prefetch = prefetch
         self._observer = observer
-        self._nars: Recent[bytes, _SmallNar] = Recent(NAR_BYTES, weigh=lambda nar: len(nar.whole))
+        self._nars: Recent[bytes, _Nar] = Recent(NAR_BYTES, weigh=lambda nar: len(nar.whole))
         self.nar = self._nars.peek
         """Returns what is in memory of a NAR, by the target of requests; this counts as no use."""
         self.shared = SharedAnswers()
         """NARs that many ask for in this second."""
         self.open = True
         """Whether anything is answered here; not while the daemon stops, since that has to be told."""
+        self.held = 0
+        """Bytes that slow clients have left in our memory."""
         self.disk_asked = False
         self.now = 0.0
         """The time, by the cache's clock."""
@@ -293,17 +306,23 @@ class FastLane:
                     return _NarRequest(self, target, wanted.name).answer
         return None
 
-    def bring_in(self, target: bytes, name: NarName) -> _SmallNar | None:
-        """Take a small NAR into memory, if the disk has it at hand.
+    def bring_in(self, target: bytes, name: NarName) -> _Nar | None:
+        """Have a NAR answered, if the disk has it at hand; a small one is taken into memory.
 
         What was fetched ahead is not kept, since most of it is asked for once.
         """
-        nar = self.cache.nar_at_hand(name, SMALL_NAR)
+        nar = self.cache.nar_at_hand(name, LARGEST_NAR)
         if nar is None:
             return None
-        if nar.result == HIT:
-            return self._take_in(target, name, nar)
-        return _small_nar(name, nar, self.nars_ahead)
+        if isinstance(nar.body, bytes):
+            return self._take_in(target, name, nar, nar.body)
+        made = _Nar(
+            name, _FOUND.answer(_rest(nar, nar.body.size), b""), nar.body.size, self._count(nar)
+        )
+        made.whole[_FOUND.date] = self.date
+        made.answered_in = self.second
+        made.answer = FileAnswer(made.whole, nar.body)
+        return made
 
     def keep(self, target: str, name: NarName, content: Content) -> None:
         """Take in a NAR that was just served from the store, if it is small."""
@@ -315,13 +334,17 @@ class FastLane:
         except StoreError:
             return  # whoever serves it finds out
         if len(body) == file.size:
-            nar = NarBytes(body, content.etag, HIT, content.upstream)
-            self._take_in(target.encode("latin-1", "replace"), name, nar)
+            nar = NarAtHand(body, content.etag, HIT, content.upstream)
+            self._take_in(target.encode("latin-1", "replace"), name, nar, body)
 
-    def _take_in(self, target: bytes, name: NarName, nar: NarBytes) -> _SmallNar:
-        small = _small_nar(name, nar, self.nars)
-        self._nars.put(target, small)
-        return small
+    def _take_in(self, target: bytes, name: NarName, nar: NarAtHand, body: bytes) -> _Nar:
+        made = _Nar(name, _FOUND.answer(_rest(nar, len(body)), body), len(body), self._count(nar))
+        if nar.result == HIT:
+            self._nars.put(target, made)
+        return made
+
+    def _count(self, nar: NarAtHand) -> _Count:
+        return self.nars if nar.result == HIT else self.nars_ahead
 
     def touch_nar(self, target: bytes) -> None:
         """Note that a NAR in memory is used."""
@@ -360,6 +383,5 @@ class FastLane:
         self.forget_nars()
 
 
-def _small_nar(name: NarName, nar: NarBytes, count: _Count) -> _SmallNar:
-    rest = tail(file_headers(NAR_TYPE, nar.etag, nar.result, nar.upstream), len(nar.body))
-    return _SmallNar(name, _FOUND.answer(rest, nar.body), len(nar.body), count)
+def _rest(nar: NarAtHand, size: int) -> bytes:
+    return tail(file_headers(NAR_TYPE, nar.etag, nar.result, nar.upstream), size)

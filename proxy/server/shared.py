@@ -40,6 +40,19 @@ class SharedAnswer:
         self.file = file
         """The descriptor; -1 once it is closed, so that nothing is sent from another's."""
 
+    def send(self, socket: int) -> bytes:
+        """Send it, and return what the socket did not take: `proxy.server.sending.send`."""
+        whole = self.whole
+        try:
+            sent = (
+                os.write(socket, whole)
+                if self.file < 0
+                else os.sendfile(socket, self.file, 0, len(whole))
+            )
+        except OSError:
+            return bytes(whole)  # the transport will find the same, and knows what to do
+        return b"" if sent == len(whole) else bytes(whole[sent:])
+
     def close(self) -> None:
         """Close the file; safe to repeat. Sockets keep what they have of it."""
         if self.file >= 0:
@@ -72,16 +85,6 @@ class SharedAnswers:
         for shared in self._answers:
             shared.close()
         self._answers.clear()
-
-
-def send(socket: int, answer: bytearray | SharedAnswer) -> bytes:
-    """Send an answer to a socket that has nothing else to send, and return what it did not take."""
-    whole, file = (answer, -1) if isinstance(answer, bytearray) else (answer.whole, answer.file)
-    try:
-        sent = os.write(socket, whole) if file < 0 else os.sendfile(socket, file, 0, len(whole))
-    except OSError:
-        return bytes(whole)  # the transport will find the same, and knows what to do
-    return b"" if sent == len(whole) else bytes(whole[sent:])
 
 
 def _fill(file: int, content: bytearray) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from proxy.errors import DamagedError, StoreError
-from proxy.store.pages import bring_in_beginning
+from proxy.store.pages import are_in_memory, bring_in_beginning
 
 _DAMAGE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
 """What the kernel says of what cannot be read any more: bad blocks, inconsistency, a wrong checksum."""
@@ -108,6 +108,22 @@ class OpenFile:
                 return None
             _claim(fd)
             return cls(fd, os.fstat(fd).st_size)
+
+    @classmethod
+    def at_hand(cls, path: str, size: int) -> Self | None:
+        """Open what is to be sent at once, if it is as long as it should be and in memory.
+
+        Nothing keeps it from being evicted, which takes it from nobody who has it open.
+        """
+        try:
+            file = cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), size)
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):
+            if os.fstat(file.fd).st_size == size and are_in_memory(file.fd, 0, size):
+                return file
+        file.close()
+        return None
 
     async def check(self, size: int | None) -> None:
         """See that the file is as long as it should be, and that its beginning can be read.

@@ -80,9 +80,16 @@ class StoreReader:
         """
         return self._open(self.layout.nar(name))
 
-    def nar_at_hand(self, name: NarName, size: int) -> bytes | None:
-        """Return a NAR that is here, if it is as long as it should be and takes no waiting."""
-        return pages.read_at_hand(self.layout.nar_name(name), size)
+    def nar_at_hand(self, name: NarName, size: int) -> bytes | OpenFile | None:
+        """Return a NAR that is here, if it is as long as it should be and takes no waiting.
+
+        Returns:
+            All of it, or an open file if that is larger than `proxy.store.pages.SMALL`.
+        """
+        path = self.layout.nar_name(name)
+        if size <= pages.SMALL:
+            return pages.read_at_hand(path, size)
+        return OpenFile.at_hand(path, size)
 
     def has_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is here."""

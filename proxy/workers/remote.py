@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Final, Literal
 
-from proxy.answers import Content, File, NarBytes
+from proxy.answers import Content, File, NarAtHand
 from proxy.channel import NONE, close
 from proxy.errors import NotFoundError, ParseError, StoreError, TrustError
 from proxy.events import COALESCED, HIT, Result
@@ -195,8 +195,8 @@ class RemoteCache:
         """
         return await self._stored_nar(name) or await self._arriving("nar", str(name))
 
-    def nar_at_hand(self, name: NarName, most: int) -> NarBytes | None:
-        """Return a small NAR of the store, if that takes no waiting: `proxy.cache.Cache.nar_at_hand`."""
+    def nar_at_hand(self, name: NarName, most: int) -> NarAtHand | None:
+        """Return a NAR of the store, if that takes no waiting: `proxy.cache.Cache.nar_at_hand`."""
         held = self.hot_narinfo(name.hash_part)
         if (
             held is None
@@ -211,7 +211,7 @@ class RemoteCache:
         if body is None:
             return None
         self.used(name)
-        return NarBytes(body, held.etag, HIT, held.origin)
+        return NarAtHand(body, held.etag, HIT, held.origin)
 
     async def nar_head(self, name: NarName) -> Content:
         """Return what `nar` would, without fetching it: `proxy.cache.Cache.nar_head`.

@@ -13,7 +13,7 @@ KEY = SigningKey("test-cache-1")
 """The key that the fixtures trust."""
 
 SMALL = StoreEntry.make("small-1.0", random.Random(1).randbytes(3_000), compression="none")
-LARGE = StoreEntry.make("large-1.0", random.Random(2).randbytes(300_000), compression="none")
+LARGE = StoreEntry.make("large-1.0", random.Random(2).randbytes(1_200_000), compression="none")
 UNASKED = StoreEntry.make("unasked-1.0", b"nobody has asked for this\n", compression="zstd")
 MISSING = StoreEntry.make("missing-1.0")
 

@@ -23,7 +23,7 @@ import pytest
 from proxy import known
 from proxy.events import Evicted, FastlaneServed, Fault, Rejected, RequestServed
 from proxy.server import fastlane
-from proxy.server.fastlane import NAR_BYTES, SMALL_NAR
+from proxy.server.fastlane import LARGEST_NAR, NAR_BYTES, SMALL_NAR
 from proxy.store import index, room
 from proxy.store.database import Database
 from proxy.store.eviction import Limits
@@ -163,20 +163,22 @@ async def test_after_a_restart(cache: BinaryCacheSimulator, tmp_path: Path) -> N
                 assert (b"X-Upstream: up0" in right.headers) == (target != ABSENT)
 
 
+@pytest.mark.parametrize("size", [SMALL_NAR, LARGEST_NAR])
 @pytest.mark.parametrize("excess", [-1, 0, 1])
-async def test_how_large(sim: StartSimulator, tmp_path: Path, excess: int) -> None:
-    """A NAR of just the size that is small takes the fast lane, and one that is larger does not."""
+async def test_how_large(sim: StartSimulator, tmp_path: Path, excess: int, size: int) -> None:
+    """A NAR of just the largest size takes the fast lane, and one that is larger does not."""
     overhead = len(StoreEntry.make("sized-1.0", b"x" * 8_000).nar) - 8_000
-    wanted = SMALL_NAR - overhead + 8 * excess
+    wanted = size - overhead + 8 * excess
     entry = StoreEntry.make("sized-1.0", random.Random(3).randbytes(wanted), compression="none")
-    assert len(entry.file) == SMALL_NAR + 8 * excess
+    assert len(entry.file) == size + 8 * excess
     async with hot_proxy(tmp_path, await sim(entry)) as proxy:
         await warm(proxy, entry)
         async with Lane(proxy) as lane:
             answer, took_it = await lane.ask(nar_url(entry))
             assert answer == await the_long_way(proxy, nar_url(entry))
             assert answer.body == bytes(entry.file)
-            assert took_it == (excess <= 0)
+            assert took_it == (len(entry.file) <= LARGEST_NAR)
+            assert len(proxy.server.lane._nars) == (len(entry.file) <= SMALL_NAR)
 
 
 NOT_QUITE = [
