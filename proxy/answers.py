@@ -64,8 +64,7 @@ class Text:
 class NarAtHand:
     """A NAR of the store that can be sent without waiting, and where it came from.
 
-    ``body`` is all of it, or an open file if that is larger than `proxy.store.pages.SMALL`; whoever has it
-    closes it.
+    ``body`` is all of it, or an open file, which whoever has it closes.
     """
 
     body: bytes | OpenFile

@@ -238,9 +238,9 @@ class Cache:
         was_ahead = self.ahead.asked(str(name))
         return await self._nar(name, PREFETCHED if was_ahead else None)
 
-    def nar_at_hand(self, name: NarName, most: int) -> NarAtHand | None:
+    def nar_at_hand(self, name: NarName, most: int, read: int) -> NarAtHand | None:
         """Return a NAR of the store that has at most so many bytes, if that takes no waiting."""
-        found = self._supplier.nar_at_hand(name, most)
+        found = self._supplier.nar_at_hand(name, most, read)
         if found is None:
             return None
         body, known = found

@@ -253,12 +253,15 @@ class Supplier:
             return None
         return file
 
-    def nar_at_hand(self, name: NarName, most: int) -> tuple[bytes | OpenFile, KnownPath] | None:
+    def nar_at_hand(
+        self, name: NarName, most: int, read: int
+    ) -> tuple[bytes | OpenFile, KnownPath] | None:
         """Return a NAR of the store if it can be sent without waiting, and nothing else is to be done.
 
         Args:
             name: The NAR.
             most: Bytes that it may have.
+            read: Bytes up to which it is read; a larger one is opened.
         """
         known = self._known.hot(name.hash_part)
         if known is None or not known.kept or known.info.nar_name != name:
@@ -266,7 +269,7 @@ class Supplier:
         size = known.info.size_on_disk
         if size is None or size > most or not self._store.has_narinfo(name.hash_part):
             return None
-        body = self._store.nar_at_hand(name, size)
+        body = self._store.nar_at_hand(name, size, read)
         return None if body is None else (body, known)
 
     def kept_file(self, path: str) -> OpenFile | None:

@@ -78,8 +78,14 @@ class Cache(Protocol):
     def keeps_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is in the store."""
 
-    def nar_at_hand(self, name: NarName, most: int) -> NarAtHand | None:
-        """Return a NAR of the store that has at most so many bytes, if that takes no waiting."""
+    def nar_at_hand(self, name: NarName, most: int, read: int) -> NarAtHand | None:
+        """Return a NAR of the store that has at most so many bytes, if that takes no waiting.
+
+        Args:
+            name: The NAR.
+            most: Bytes that it may have.
+            read: Bytes up to which it is read; a larger one is opened.
+        """
 
     def is_absent(self, key: str) -> bool:
         """Tell whether a narinfo (``{hash part}.narinfo``) is known to be absent, and not here since."""

@@ -5,8 +5,8 @@ exact name of a narinfo or a NAR, by the same grammar as in the long way, or it 
 
 An answer is written once, and kept with what it is made of. Once a second its date is written anew, in place,
 and a note is made that it is used; what is left for each request is to look it up and to count it. A
-small NAR that is asked for the first time is read, and a larger one is sent from its file, if that takes no
-waiting.
+NAR is sent from its file, if that takes no waiting; a small one that is asked for again soon is taken into
+memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from proxy.server.backend import Audience, Cache, HotNarinfo
 from proxy.server.headers import NAR_TYPE, error_headers, file_headers, narinfo_headers, tail
 from proxy.server.sending import FileAnswer
 from proxy.server.shared import OFTEN, SharedAnswer, SharedAnswers
-from proxy.store import pages
 from proxy.store.files import OpenFile
 
 
@@ -52,8 +51,15 @@ LARGEST_NAR: Final = 2**20
 """Bytes up to which a NAR is answered here: what others wait for meanwhile, and what a slow client leaves to
 the transport."""
 
-SMALL_NAR: Final = pages.SMALL
-"""Bytes up to which it is kept in memory."""
+SMALL_NAR: Final = 256 * 2**10
+"""Bytes up to which it is taken into memory when it is asked for again `SOON`: a few write(2) from there take
+less time than a few open(2) and sendfile(2)."""
+
+TINY_NAR: Final = 4 * 2**10
+"""Bytes up to which it is read at once: that takes no longer."""
+
+SOON: Final = 5.0
+"""Seconds. Who pulls a closure asks for each of its NARs once, and the next one comes later."""
 
 MOST_HELD: Final = 32 * 2**20
 """Bytes that slow clients may leave in our memory, all together, until NARs take the long way, which holds
@@ -121,12 +127,13 @@ class _Nar:
 class _NarRequest:
     """A request for a NAR."""
 
-    __slots__ = ("_lane", "_name", "_target")
+    __slots__ = ("_asked", "_lane", "_name", "_target")
 
     def __init__(self, lane: FastLane, target: bytes, name: NarName) -> None:
         self._lane = lane
         self._target = target
         self._name = name
+        self._asked = -SOON
 
     def answer(self, asker: Asker) -> bytearray | SharedAnswer | FileAnswer | None:
         """Return the answer. Every line in here is one that all hits pay for."""
@@ -137,7 +144,9 @@ class _NarRequest:
         if nar is not None:
             nar.used = True
         else:
-            nar = lane.bring_in(self._target, self._name)  # which notes that it is used
+            soon, self._asked = lane.now < self._asked + SOON, lane.now
+            # This notes that it is used.
+            nar = lane.bring_in(self._target, self._name, SMALL_NAR if soon else TINY_NAR)
             if nar is None:
                 return None
         if nar.answered_in != lane.second:
@@ -306,12 +315,12 @@ class FastLane:
                     return _NarRequest(self, target, wanted.name).answer
         return None
 
-    def bring_in(self, target: bytes, name: NarName) -> _Nar | None:
-        """Have a NAR answered, if the disk has it at hand; a small one is taken into memory.
+    def bring_in(self, target: bytes, name: NarName, read: int) -> _Nar | None:
+        """Have a NAR answered, if the disk has it at hand; one of up to ``read`` bytes is taken into memory.
 
         What was fetched ahead is not kept, since most of it is asked for once.
         """
-        nar = self.cache.nar_at_hand(name, LARGEST_NAR)
+        nar = self.cache.nar_at_hand(name, LARGEST_NAR, read)
         if nar is None:
             return None
         if isinstance(nar.body, bytes):

@@ -157,10 +157,10 @@ class Store(StoreReader):
         path = self.layout.nar(name)
         return None if path in self._quarantine else self._open(path)
 
-    def nar_at_hand(self, name: NarName, size: int) -> bytes | OpenFile | None:
+    def nar_at_hand(self, name: NarName, size: int, read: int) -> bytes | OpenFile | None:
         """Return a NAR that is here, if that takes no waiting: `StoreReader.nar_at_hand`."""
         path = self.layout.nar_name(name)
-        body = None if path in self._quarantine else super().nar_at_hand(name, size)
+        body = None if path in self._quarantine else super().nar_at_hand(name, size, read)
         if body is not None:
             self.index.used(path)
         return body

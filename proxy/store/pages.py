@@ -12,9 +12,6 @@ from typing import Final
 
 from proxy.errors import StoreError
 
-SMALL: Final = 2**18
-"""Bytes up to which to read a file takes no longer than to send its pages."""
-
 STRIDE: Final = 2**18
 """Bytes between two pages that are looked at: the kernel reads ahead, and drops, in larger pieces."""
 

@@ -80,14 +80,14 @@ class StoreReader:
         """
         return self._open(self.layout.nar(name))
 
-    def nar_at_hand(self, name: NarName, size: int) -> bytes | OpenFile | None:
+    def nar_at_hand(self, name: NarName, size: int, read: int) -> bytes | OpenFile | None:
         """Return a NAR that is here, if it is as long as it should be and takes no waiting.
 
         Returns:
-            All of it, or an open file if that is larger than `proxy.store.pages.SMALL`.
+            All of it, or an open file if that has more than ``read`` bytes.
         """
         path = self.layout.nar_name(name)
-        if size <= pages.SMALL:
+        if size <= read:
             return pages.read_at_hand(path, size)
         return OpenFile.at_hand(path, size)
 

@@ -17,6 +17,7 @@ from proxy.events import FastlaneServed, Fault, Quarantined
 from proxy.nix.nar_name import NarName
 from proxy.prefetch import LookAhead
 from proxy.server import fastlane
+from proxy.server.fastlane import SMALL_NAR, SOON, TINY_NAR
 from proxy.store.eviction import Limits
 from tests.closures import StoreEntry
 from tests.conftest import StartSimulator
@@ -95,6 +96,35 @@ async def test_each_request(proxy: InsideProxy) -> None:
             assert await lane.ask(NAR) == (right, True)
         assert open_files(proxy) == 0
     assert len(proxy.server.lane._nars) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "pause", "is_kept"),
+    [
+        pytest.param(TINY_NAR // 2, SOON, True, id="tiny"),
+        pytest.param(TINY_NAR * 2, 0.99 * SOON, True, id="asked for again soon"),
+        pytest.param(TINY_NAR * 2, SOON, False, id="asked for again later"),
+        pytest.param(SMALL_NAR * 2, 0.0, False, id="not small"),
+    ],
+)
+async def test_what_is_taken_into_memory(
+    sim: StartSimulator, tmp_path: Path, size: int, pause: float, *, is_kept: bool
+) -> None:
+    """A small NAR is, when it is asked for twice in a few seconds: who pulls a closure asks once for each."""
+    entry = StoreEntry.make("some-1.0", random.Random(5).randbytes(size), compression="none")
+    nar = f"/nar/{entry.hash_part}-{entry.nar_hash}.nar"
+    cache = await sim(entry)
+    async with InsideProxy(tmp_path, cache.url, keys=[KEY.public]) as proxy:
+        assert (await proxy.pull(await proxy.nar_url(entry.hash_part))).complete
+        await proxy.idle()
+        right = await the_long_way(proxy, nar)
+        proxy.server.lane.forget_nars()
+        async with Lane(proxy) as lane:
+            assert await lane.ask(nar) == (right, True)
+            assert len(proxy.server.lane._nars) == (size < TINY_NAR)
+            proxy.clock.now += pause
+            assert await lane.ask(nar) == (right, True)
+            assert len(proxy.server.lane._nars) == is_kept
 
 
 async def test_a_client_that_is_behind(proxy: InsideProxy) -> None:
@@ -217,8 +247,8 @@ async def test_a_file_that_becomes_shorter(
     """A NAR that is cut short while it is sent is never taken for whole: the connection ends."""
     at_hand = proxy.cache.nar_at_hand
 
-    def then_shorter(name: NarName, most: int) -> NarAtHand | None:
-        nar = at_hand(name, most)
+    def then_shorter(name: NarName, most: int, read: int) -> NarAtHand | None:
+        nar = at_hand(name, most, read)
         os.truncate(proxy.folder / NAR[1:], len(FILE) // 2)
         return nar
 

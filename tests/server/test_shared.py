@@ -16,6 +16,7 @@ import pytest
 from proxy.server import fastlane, shared
 from proxy.server.connection import REGULAR
 from proxy.server.connection import Server as Connections
+from proxy.server.fastlane import SMALL_NAR
 from proxy.server.shared import FILES, LEAST, MOST, OFTEN, SharedAnswer, SharedAnswers
 from tests.closures import StoreEntry
 from tests.conftest import StartSimulator
@@ -83,6 +84,12 @@ def calendar(monkeypatch: pytest.MonkeyPatch) -> Calendar:
     made = Calendar()
     monkeypatch.setattr(fastlane, "time", SimpleNamespace(time=lambda: made.now))
     return made
+
+
+@pytest.fixture(autouse=True)
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a NAR taken into memory when it is asked for the first time."""
+    monkeypatch.setattr(fastlane, "TINY_NAR", SMALL_NAR)
 
 
 @pytest.fixture
