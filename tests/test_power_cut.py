@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from proxy.nix.cache_info import CacheInfo
+from proxy.store.ground import Ground
+from proxy.store.layout import Layout
 from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunSimulator
 from tests.daemon import DaemonProcess
@@ -105,6 +108,17 @@ def test_power_cuts_under_load(tmp_path: Path, threaded_sim: RunSimulator, key: 
         final = aftermath.kept(machine.cut(), pulled)
     assert final == {entry.hash_part for entry in pulled}
     assert middle > 0, "no cut was in the middle of a pull"
+
+
+def test_a_store_that_was_just_made(tmp_path: Path, key: SigningKey) -> None:
+    """A folder is a binary cache from the moment when it is somebody's store; no cut takes that from it."""
+    with power_cut(tmp_path / "machine") as machine:
+        store = machine.disk / "store"
+        ground = Ground(Layout(store), CacheInfo())
+        copy = machine.cut()
+        ground.release()
+        with machine.restored(copy) as disk:
+            assert complete_paths(disk / "store", [key]) == set()
 
 
 def test_the_simulation_tells(tmp_path: Path) -> None:

@@ -53,6 +53,19 @@ def unreadable(what: str, error: OSError) -> StoreError:
     return kind(f"{what}: {error.strerror or error}")
 
 
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk.
+
+    Raises:
+        OSError: The disk failed.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def in_use(path: Path) -> bool:
     """Tell whether anybody reads or writes a file, where files can be locked (on NFS they cannot be).
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from proxy.nix.cache_info import CacheInfo
-from proxy.store.files import Partial, disk
+from proxy.store.files import Partial, disk, flush
 from proxy.store.layout import Layout
 from proxy.store.leftovers import Leftovers
 from proxy.store.lock import FolderLock, refuse_foreign
@@ -98,6 +98,8 @@ class Ground:
             if durable:
                 partial.flush()
             partial.path.replace(path)
+            if durable:
+                flush(path.parent)
         finally:
             partial.discard()
 

@@ -17,7 +17,7 @@ from typing import Final
 
 from proxy.errors import CommandError, ParseError
 from proxy.nix.store_path import HashPart, StorePath
-from proxy.store.files import disk
+from proxy.store.files import disk, flush
 from proxy.store.layout import Layout
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -150,8 +150,4 @@ def _parse(text: str) -> Pin:
 def _flush(layout: Layout) -> None:
     """Wait until names are on the disk: those in the folder, and the folder's own."""
     for folder in (layout.pins, layout.root):
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        flush(folder)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import queue
 import threading
 import time
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Protocol
 
 from proxy.errors import StoreError
-from proxy.store.files import Partial
+from proxy.store.files import Partial, flush
 from proxy.store.provenance import label
 
 BATCH = 512
@@ -93,7 +92,7 @@ class Publisher:
     def __init__(self, on_published: Callable[[Publication], None]) -> None:
         self._on_published = on_published
         self._queue: queue.SimpleQueue[Publication | None] = queue.SimpleQueue()
-        self._flushers = ThreadPoolExecutor(FLUSHERS, thread_name_prefix="flush")
+        self.flushers = ThreadPoolExecutor(FLUSHERS, thread_name_prefix="flush")
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
@@ -107,7 +106,7 @@ class Publisher:
         """Publish what is queued, then stop. Blocks; call it off the event loop."""
         self._queue.put(None)
         self._thread.join()
-        self._flushers.shutdown()
+        self.flushers.shutdown()
 
     def _run(self) -> None:
         more = True
@@ -138,12 +137,12 @@ class Publisher:
     def _publish(self, batch: list[Publication]) -> None:
         share = -(-len(batch) // FLUSHERS) or 1
         shares = [batch[at : at + share] for at in range(0, len(batch), share)]
-        flushed_shares = self._flushers.map(_write_and_flush_all, shares)
+        flushed_shares = self.flushers.map(_write_and_flush_all, shares)
         batch = self._survivors(batch, itertools.chain.from_iterable(flushed_shares))
         for stage in (0, 1):
             batch = self._survivors(batch, (_rename(item, stage) for item in batch))
             folders = {folder for item in batch if (folder := _folder(item, stage)) is not None}
-            flushed = {folder: _failure_of(_flush, folder) for folder in folders}
+            flushed = {folder: _failure_of(flush, folder) for folder in folders}
             batch = self._survivors(
                 batch,
                 (
@@ -181,17 +180,9 @@ def _failure_of(step: Callable[..., object], *args: object) -> OSError | StoreEr
     return None
 
 
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _write_and_flush(rename: Rename, origin: str) -> None:
     if rename.content is None:
-        _flush(rename.source)
+        flush(rename.source)
         return
     partial = Partial(rename.source)
     try:

@@ -6,10 +6,10 @@ The narinfo goes before its NAR, as in eviction: a narinfo without NAR would be 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from pathlib import Path
 
+from proxy.store.files import flush
 from proxy.store.layout import Layout
 from proxy.store.scan import nar_of
 
@@ -50,7 +50,7 @@ class Quarantine:
         self._layout.quarantine.mkdir(parents=True, exist_ok=True)
         for number, path in enumerate(files):
             if number > 0:
-                _flush(self._layout.root)
+                flush(self._layout.root)
             with contextlib.suppress(FileNotFoundError):
                 path.rename(self._layout.quarantine / path.name)
         self._condemned.difference_update(files)
@@ -86,11 +86,3 @@ def _leads_to(narinfo: Path, nar: Path) -> bool:
     except OSError:
         return True
     return found == f"nar/{nar.name}"
-
-
-def _flush(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
