@@ -4,9 +4,8 @@
 exact name of a narinfo or a NAR, by the same grammar as in the long way, or it is not for this lane.
 
 An answer is written once, and kept with what it is made of. Once a second its date is written anew, in place,
-and a note is made that it is used; what is left for each request is to look it up and to count it. A
-NAR is sent from its file, if that takes no waiting; a small one that is asked for again soon is taken into
-memory.
+and a note is made that it is used; what is left for each request is to look it up and to count it. A NAR is
+sent from its file, if that takes no waiting; a small one that is asked for again soon is taken into memory.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ SMALL_NAR: Final = 256 * 2**10
 less time than a few open(2) and sendfile(2)."""
 
 TINY_NAR: Final = 4 * 2**10
-"""Bytes up to which it is read at once: that takes no longer."""
+"""Bytes up to which it is read, and taken into memory, when it is asked for once: that takes no longer."""
 
 SOON: Final = 5.0
 """Seconds. Who pulls a closure asks for each of its NARs once, and the next one comes later."""
@@ -145,7 +144,7 @@ class _NarRequest:
             nar.used = True
         else:
             soon, self._asked = lane.now < self._asked + SOON, lane.now
-            # This notes that it is used.
+            # The store notes the use.
             nar = lane.bring_in(self._target, self._name, SMALL_NAR if soon else TINY_NAR)
             if nar is None:
                 return None

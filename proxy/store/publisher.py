@@ -92,7 +92,7 @@ class Publisher:
     def __init__(self, on_published: Callable[[Publication], None]) -> None:
         self._on_published = on_published
         self._queue: queue.SimpleQueue[Publication | None] = queue.SimpleQueue()
-        self.flushers = ThreadPoolExecutor(FLUSHERS, thread_name_prefix="flush")
+        self._flushers = ThreadPoolExecutor(FLUSHERS, thread_name_prefix="flush")
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
@@ -106,7 +106,7 @@ class Publisher:
         """Publish what is queued, then stop. Blocks; call it off the event loop."""
         self._queue.put(None)
         self._thread.join()
-        self.flushers.shutdown()
+        self._flushers.shutdown()
 
     def _run(self) -> None:
         more = True
@@ -137,7 +137,7 @@ class Publisher:
     def _publish(self, batch: list[Publication]) -> None:
         share = -(-len(batch) // FLUSHERS) or 1
         shares = [batch[at : at + share] for at in range(0, len(batch), share)]
-        flushed_shares = self.flushers.map(_write_and_flush_all, shares)
+        flushed_shares = self._flushers.map(_write_and_flush_all, shares)
         batch = self._survivors(batch, itertools.chain.from_iterable(flushed_shares))
         for stage in (0, 1):
             batch = self._survivors(batch, (_rename(item, stage) for item in batch))

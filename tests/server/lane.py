@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Self
 
+from proxy.events import Fault, Quarantined
 from tests.inside import InsideProxy
 from tests.server.piecewise import (
     Answer,
@@ -53,3 +57,34 @@ async def the_long_way(proxy: InsideProxy, target: str) -> Answer:
         (answer,) = answers(await client.ask(plain(target)))
     await server.shutdown(1)
     return answer
+
+
+def cut(nar: Path) -> None:
+    """Take the last byte from a NAR."""
+    os.truncate(nar, nar.stat().st_size - 1)
+
+
+def lengthen(nar: Path) -> None:
+    """Give a NAR another byte."""
+    with nar.open("ab") as file:
+        file.write(b"\0")
+
+
+HARMS = (cut, lengthen, Path.unlink)
+"""What the lane has to see of a NAR in the store."""
+
+
+async def is_made_good(proxy: InsideProxy, target: str, harm: Callable[[Path], None]) -> None:
+    """Check that a harmed NAR takes the long way, which makes it good, and then the fast lane again."""
+    nar = proxy.folder / target[1:]
+    file = nar.read_bytes()
+    harm(nar)
+    async with Lane(proxy) as lane:
+        answer, took_it = await lane.ask(target)
+        assert (answer.body, took_it) == (file, False)
+        await proxy.idle()
+        assert nar.read_bytes() == file
+        answer, took_it = await lane.ask(target)
+        assert (answer.body, took_it) == (file, True)
+    assert bool(proxy.observed(Quarantined)) == (harm in (cut, lengthen))
+    assert not proxy.observed(Fault)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from proxy.events import AskedAhead, FastlaneServed, Fault, Quarantined
+from proxy.events import AskedAhead, FastlaneServed
 from proxy.prefetch import LookAhead
 from proxy.store import index
 from proxy.store.eviction import Limits
@@ -19,7 +18,7 @@ from tests.conftest import RunDaemon, RunSimulator
 from tests.daemon import DaemonProcess
 from tests.inside import InsideProxy
 from tests.server.hot import KEY, NAR, NARINFO, SMALL
-from tests.server.lane import Lane, the_long_way
+from tests.server.lane import HARMS, Lane, is_made_good, the_long_way
 from tests.server.piecewise import through_the_lane
 from tests.simulator import BinaryCacheSimulator
 from tests.wire import Wire
@@ -58,32 +57,12 @@ async def test_an_unknown_narinfo(proxy: InsideProxy) -> None:
         assert (answer.body, took_it) == (FILE, False)
 
 
-def cut(nar: Path) -> None:
-    """Take the last byte from a NAR."""
-    os.truncate(nar, len(FILE) - 1)
-
-
-def lengthen(nar: Path) -> None:
-    """Give a NAR another byte."""
-    nar.write_bytes(FILE + b"\0")
-
-
-@pytest.mark.parametrize("harm", [cut, lengthen, Path.unlink])
+@pytest.mark.parametrize("harm", HARMS)
 async def test_what_is_not_as_it_should_be(
     proxy: InsideProxy, harm: Callable[[Path], None]
 ) -> None:
     """A NAR of another length, or that is gone, takes the long way, which makes it good."""
-    nar = proxy.folder / NAR[1:]
-    harm(nar)
-    async with Lane(proxy) as lane:
-        answer, took_it = await lane.ask(NAR)
-        assert (answer.body, took_it) == (FILE, False)
-        await proxy.idle()
-        assert nar.read_bytes() == FILE
-        answer, took_it = await lane.ask(NAR)
-        assert (answer.body, took_it) == (FILE, True)
-    assert bool(proxy.observed(Quarantined)) == (harm in (cut, lengthen))
-    assert not proxy.observed(Fault)
+    await is_made_good(proxy, NAR, harm)
 
 
 async def test_half_a_path(proxy: InsideProxy) -> None:

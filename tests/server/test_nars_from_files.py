@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from proxy.answers import NarAtHand
-from proxy.events import FastlaneServed, Fault, Quarantined
+from proxy.events import FastlaneServed, Fault
 from proxy.nix.nar_name import NarName
 from proxy.prefetch import LookAhead
 from proxy.server import fastlane
@@ -23,7 +23,7 @@ from tests.closures import StoreEntry
 from tests.conftest import StartSimulator
 from tests.inside import InsideProxy
 from tests.server.hot import KEY
-from tests.server.lane import Lane, the_long_way
+from tests.server.lane import HARMS, Lane, is_made_good, the_long_way
 from tests.server.piecewise import (
     Piecewise,
     answers,
@@ -195,33 +195,12 @@ async def test_a_daemon_that_stops_has_other_things_to_do(proxy: InsideProxy) ->
         assert not client.open
 
 
-def cut(nar: Path) -> None:
-    """Take the last byte from a NAR."""
-    os.truncate(nar, len(FILE) - 1)
-
-
-def lengthen(nar: Path) -> None:
-    """Give a NAR another byte."""
-    with nar.open("ab") as file:
-        file.write(b"\0")
-
-
-@pytest.mark.parametrize("harm", [cut, lengthen, Path.unlink])
+@pytest.mark.parametrize("harm", HARMS)
 async def test_what_is_not_as_it_should_be(
     proxy: InsideProxy, harm: Callable[[Path], None]
 ) -> None:
     """A NAR of another length, or that is gone, takes the long way, which makes it good."""
-    nar = proxy.folder / NAR[1:]
-    harm(nar)
-    async with Lane(proxy) as lane:
-        answer, took_it = await lane.ask(NAR)
-        assert (answer.body, took_it) == (FILE, False)
-        await proxy.idle()
-        assert nar.read_bytes() == FILE
-        answer, took_it = await lane.ask(NAR)
-        assert (answer.body, took_it) == (FILE, True)
-    assert bool(proxy.observed(Quarantined)) == (harm in (cut, lengthen))
-    assert not proxy.observed(Fault)
+    await is_made_good(proxy, NAR, harm)
 
 
 async def test_what_is_not_in_memory(proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch) -> None:
