@@ -136,13 +136,13 @@ class InsideProxy:
         """Open the store and serve."""
         cache_info = CacheInfo()
         publisher = Publisher if self._porter is None else self._porter.publisher
-        self.store = Store(self.folder, cache_info, self.events.append, self._limits, publisher)
+        self.store = Store(self.folder, cache_info, self.observe, self._limits, publisher)
         self.failover = self.make_failover(*self._upstreams)
         self.cache = Cache(
             self.store,
             self.failover,
             negative_ttl=self._negative_ttl,
-            observer=self.events.append,
+            observer=self.observe,
             clock=self.clock,
         )
         self.prefetch = Prefetch(self.cache, self._look_ahead)
@@ -150,7 +150,7 @@ class InsideProxy:
             self.cache,
             prefetch=self.prefetch,
             cache_info=cache_info,
-            observer=self.events.append,
+            observer=self.observe,
             operations=self,
         )
         self.server.strict = self._strict
@@ -170,6 +170,10 @@ class InsideProxy:
         await self.cache.close()
         await self.failover.close()
         await self.store.close()
+
+    def observe(self, event: Event) -> None:
+        """Take an event: an `proxy.events.Observer`."""
+        self.events.append(event)
 
     async def facts(self) -> Facts:
         """Return what the page says."""
@@ -204,7 +208,7 @@ class InsideProxy:
                 for number, url in enumerate(upstreams)
             ],
             budget=self._budget,
-            observer=self.events.append,
+            observer=self.observe,
             clock=self.clock,
         )
 

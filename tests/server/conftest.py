@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import StartSimulator
-from tests.inside import InsideProxy
-from tests.server.hot import LARGE, SMALL, UNASKED, heat, hot_proxy
+from tests.server.hot import LARGE, SMALL, UNASKED, InMemoryProxy, heat, hot_proxy
 from tests.simulator import BinaryCacheSimulator
 
 
@@ -20,7 +19,7 @@ async def cache(sim: StartSimulator) -> BinaryCacheSimulator:
 
 
 @pytest.fixture
-async def proxy(cache: BinaryCacheSimulator, tmp_path: Path) -> AsyncIterator[InsideProxy]:
+async def proxy(cache: BinaryCacheSimulator, tmp_path: Path) -> AsyncIterator[InMemoryProxy]:
     """Return a proxy in front of `cache` in which everything is hot."""
     async with hot_proxy(tmp_path, cache) as running:
         await heat(running)

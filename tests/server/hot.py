@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Self
 
+from proxy.events import Event, Published
+from proxy.nix.store_path import HASH_PART_LENGTH
 from tests.closures import SigningKey, StoreEntry
 from tests.inside import InsideProxy
+from tests.memory import InMemory
 from tests.simulator import BinaryCacheSimulator
 
 KEY = SigningKey("test-cache-1")
@@ -26,11 +30,36 @@ HOT = (NARINFO, NAR, ABSENT)
 LARGE_NAR = f"/nar/{LARGE.hash_part}-{LARGE.nar_hash}.nar"
 
 
+class InMemoryProxy(InsideProxy):
+    """A proxy whose NARs stay in memory until it has stopped, so that the fast lane always has them at hand.
+
+    Attributes:
+        memory: What keeps them there.
+    """
+
+    async def start(self) -> Self:
+        """Open the store and serve."""
+        self.memory = InMemory(self.folder.glob("nar/*"))
+        return await super().start()
+
+    async def stop(self) -> None:
+        """Stop serving and close the store."""
+        with self.memory:
+            await super().stop()
+
+    def observe(self, event: Event) -> None:
+        """Keep what was just put away."""
+        if isinstance(event, Published):
+            for nar in self.folder.glob(f"nar/{event.what[:HASH_PART_LENGTH]}-*"):
+                self.memory.keep(nar)
+        super().observe(event)
+
+
 def hot_proxy(
     folder: Path, cache: BinaryCacheSimulator, *, negative_ttl: float = 60
-) -> InsideProxy:
+) -> InMemoryProxy:
     """Return a proxy with a store in that folder, which `heat` makes hot once it runs."""
-    return InsideProxy(folder, cache.url, keys=[KEY.public], negative_ttl=negative_ttl)
+    return InMemoryProxy(folder, cache.url, keys=[KEY.public], negative_ttl=negative_ttl)
 
 
 async def heat(proxy: InsideProxy) -> None:

@@ -18,12 +18,19 @@ import pytest
 from proxy.events import Fault
 from proxy.server.connection import DISK_TURNS, REGULAR
 from proxy.store import pages
-from tests.inside import InsideProxy
-from tests.server.hot import ABSENT, LARGE, LARGE_NAR, NAR, NARINFO, SMALL
+from tests.server.hot import ABSENT, LARGE, LARGE_NAR, NAR, NARINFO, SMALL, InMemoryProxy
 from tests.server.piecewise import through_the_lane
 from tests.wire import Wire
 
 pytestmark = pytest.mark.timeout(60)
+
+
+def forget(proxy: InMemoryProxy, target: str) -> Path:
+    """Have a NAR on the disk, and not in memory; return where it is."""
+    path = proxy.folder / target[1:]
+    proxy.memory.let_go(path)
+    drop_pages(path)
+    return path
 
 
 def drop_pages(path: Path) -> None:
@@ -98,9 +105,9 @@ async def slow_disk(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SlowDisk]:
     disk.answer()
 
 
-async def test_others_do_not_wait(proxy: InsideProxy, slow_disk: SlowDisk) -> None:
+async def test_others_do_not_wait(proxy: InMemoryProxy, slow_disk: SlowDisk) -> None:
     """While one client waits for pages of a NAR, others are answered; then it gets every byte."""
-    drop_pages(proxy.folder / LARGE_NAR[1:])
+    forget(proxy, LARGE_NAR)
     async with Wire(proxy.url) as reader, Wire(proxy.url) as other:
         waiting = asyncio.create_task(reader.ask(LARGE_NAR))
         await slow_disk.asked.wait()
@@ -114,7 +121,7 @@ async def test_others_do_not_wait(proxy: InsideProxy, slow_disk: SlowDisk) -> No
 
 
 async def test_a_narinfo_that_is_not_in_memory(
-    proxy: InsideProxy, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+    proxy: InMemoryProxy, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A narinfo that the disk takes long to give is waited for by nobody but who asked, in either lane."""
     async with Wire(proxy.url) as reader, Wire(proxy.url) as other:
@@ -133,7 +140,7 @@ async def test_a_narinfo_that_is_not_in_memory(
     assert not proxy.observed(Fault)
 
 
-def quick_disk(proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, late: int) -> None:
+def quick_disk(proxy: InMemoryProxy, monkeypatch: pytest.MonkeyPatch, late: int) -> None:
     """Forget what is in memory of narinfos, and have the disk give one when it was asked ``late`` times."""
     looks = itertools.count()
     monkeypatch.setattr(pages, "are_in_memory", lambda *_: next(looks) >= late)
@@ -143,7 +150,7 @@ def quick_disk(proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, late: int) -
 @pytest.mark.parametrize("before", [1, REGULAR + 1], ids=["idle", "hot"])
 @pytest.mark.parametrize("late", [0, 1, DISK_TURNS, DISK_TURNS + 1])
 async def test_a_disk_that_is_quick(
-    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, late: int, before: int
+    proxy: InMemoryProxy, monkeypatch: pytest.MonkeyPatch, late: int, before: int
 ) -> None:
     """What the disk gives within a few turns of the event loop is answered past aiohttp."""
     async with Wire(proxy.url) as reader:
@@ -161,7 +168,7 @@ async def test_a_disk_that_is_quick(
 @pytest.mark.parametrize("before", [1, REGULAR + 1], ids=["idle", "hot"])
 @pytest.mark.parametrize("late", [1, DISK_TURNS, DISK_TURNS + 1])
 async def test_nothing_overtakes_what_waits_for_the_disk(
-    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, late: int, before: int
+    proxy: InMemoryProxy, monkeypatch: pytest.MonkeyPatch, late: int, before: int
 ) -> None:
     """A request that comes while another one on its connection waits is answered after it."""
     async with Wire(proxy.url) as reader:
@@ -176,7 +183,7 @@ async def test_nothing_overtakes_what_waits_for_the_disk(
 
 
 async def test_a_client_that_does_not_wait_for_a_quick_disk(
-    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch
+    proxy: InMemoryProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that leaves between two looks leaves nothing behind."""
     async with Wire(proxy.url) as reader:
@@ -189,7 +196,7 @@ async def test_a_client_that_does_not_wait_for_a_quick_disk(
 
 
 async def test_a_small_nar_that_is_not_in_memory(
-    proxy: InsideProxy, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+    proxy: InMemoryProxy, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A NAR whose bytes are on the disk is not read by the loop, but brought in first; then it is hot."""
     proxy.server.lane.forget_nars()
@@ -216,18 +223,17 @@ async def test_a_small_nar_that_is_not_in_memory(
         assert through_the_lane(proxy) == before + 1
 
 
-async def test_in_memory_nothing_is_read_ahead(proxy: InsideProxy, slow_disk: SlowDisk) -> None:
+async def test_in_memory_nothing_is_read_ahead(proxy: InMemoryProxy, slow_disk: SlowDisk) -> None:
     """What is in memory is sent at once, by the loop itself."""
     assert (await proxy.pull(LARGE_NAR)).body == bytes(LARGE.file)
     assert slow_disk.threads == []
 
 
 async def test_a_client_that_leaves_while_the_disk_is_asked(
-    proxy: InsideProxy, slow_disk: SlowDisk
+    proxy: InMemoryProxy, slow_disk: SlowDisk
 ) -> None:
     """A client that leaves is forgotten, the read ends on a descriptor of its own, and none is left."""
-    path = proxy.folder / LARGE_NAR[1:]
-    drop_pages(path)
+    path = forget(proxy, LARGE_NAR)
     async with Wire(proxy.url) as reader:
         asking = asyncio.create_task(reader.ask(LARGE_NAR))
         await slow_disk.asked.wait()
@@ -250,11 +256,11 @@ def _target(link: Path) -> str:
 
 
 async def test_a_disk_that_never_answers(
-    proxy: InsideProxy, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+    proxy: InMemoryProxy, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that does not answer in time is as good as none: the client is told to ask elsewhere."""
     monkeypatch.setattr(pages, "DEADLINE", 0.05)
-    drop_pages(proxy.folder / LARGE_NAR[1:])
+    forget(proxy, LARGE_NAR)
     assert (await proxy.pull(LARGE_NAR)).status == 404
     assert slow_disk.threads
     assert not proxy.observed(Fault)
@@ -262,7 +268,7 @@ async def test_a_disk_that_never_answers(
 
 @pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EAGAIN, errno.EIO])
 async def test_a_file_system_that_cannot_tell(
-    proxy: InsideProxy, monkeypatch: pytest.MonkeyPatch, error: int
+    proxy: InMemoryProxy, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     """Whatever the kernel says of what is in memory, the bytes are right."""
 

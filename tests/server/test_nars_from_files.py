@@ -22,7 +22,7 @@ from proxy.store.eviction import Limits
 from tests.closures import StoreEntry
 from tests.conftest import StartSimulator
 from tests.inside import InsideProxy
-from tests.server.hot import KEY
+from tests.server.hot import KEY, InMemoryProxy, hot_proxy
 from tests.server.lane import HARMS, Lane, is_made_good, the_long_way
 from tests.server.piecewise import (
     Piecewise,
@@ -54,7 +54,7 @@ async def cache(sim: StartSimulator) -> BinaryCacheSimulator:
 @pytest.fixture
 async def proxy(cache: BinaryCacheSimulator, tmp_path: Path) -> AsyncIterator[InsideProxy]:
     """Return a proxy that has the NAR in its store, and knows its narinfo."""
-    async with InsideProxy(tmp_path, cache.url, keys=[KEY.public]) as running:
+    async with hot_proxy(tmp_path, cache) as running:
         assert (await running.pull(await running.nar_url(ENTRY.hash_part))).body == FILE
         await running.idle()
         yield running
@@ -114,7 +114,7 @@ async def test_what_is_taken_into_memory(
     entry = StoreEntry.make("some-1.0", random.Random(5).randbytes(size), compression="none")
     nar = f"/nar/{entry.hash_part}-{entry.nar_hash}.nar"
     cache = await sim(entry)
-    async with InsideProxy(tmp_path, cache.url, keys=[KEY.public]) as proxy:
+    async with hot_proxy(tmp_path, cache) as proxy:
         assert (await proxy.pull(await proxy.nar_url(entry.hash_part))).complete
         await proxy.idle()
         right = await the_long_way(proxy, nar)
@@ -243,7 +243,7 @@ async def test_what_was_fetched_ahead(cache: BinaryCacheSimulator, tmp_path: Pat
     """The first client to come for what was fetched ahead is told so, and counted; the next one has a hit."""
     ahead = LookAhead(narinfos=False)
     async with (
-        InsideProxy(
+        InMemoryProxy(
             tmp_path, cache.url, keys=[KEY.public], look_ahead=ahead, limits=Limits()
         ) as proxy,
         Wire(proxy.url) as wire,
