@@ -4,11 +4,11 @@ Two things are done ahead of clients, each of which can be turned off:
 
 - **References are walked**: what a narinfo refers to is looked up before the client gets there. Nix asks
   level by level, and each level costs it a round trip to the upstream otherwise.
-- **NARs are fetched** of paths whose narinfo a client itself has asked for, small ones first, since those
-  are bound by round trips and not by bandwidth. A client's first NAR request shows that it wants them all,
-  and then large ones fill the line beside the small ones. Before that it has a budget, because it may be one
-  that only asks (``nix path-info``). A budget that was spent on such a client is not given again until it
-  fetches a NAR.
+- **NARs are fetched** of paths whose narinfo a client itself has asked for. A client has a budget, because
+  it may be one that only asks (``nix path-info``); small ones are fetched first for it, since those are bound
+  by round trips and not by bandwidth. A client's first NAR request shows that it wants them all; from then on
+  they are fetched in the order in which Nix can use them, what others refer to first. A budget that was spent
+  on a client that only asks is not given again until it fetches a NAR.
 
 All of it is bounded: by a part of the upstream's connections, so that clients' own requests always find one
 free; by the room in the store, so that nothing is evicted for it; and it ends when its client has left.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,9 +40,6 @@ CLIENTS = 1_000
 
 WALKED = 100_000
 """Paths that are walked for one client, and that it is remembered to have asked for."""
-
-LARGE_ONE_OF = 4
-"""Of so many downloads for a client that fetches, one is the largest: small ones leave the line idle."""
 
 FEWEST = 4
 """Connections below which none is to spare."""
@@ -73,17 +71,19 @@ class LookAhead:
 class Client:
     """What one client has asked for, and may still cause.
 
-    ``wanted`` are NARs, sorted by size; ``taken`` counts those since the client ``fetches``. ``budget`` is in
-    bytes, and of no account from then on.
+    ``asked`` has the references of each path. ``wanted`` are NARs, sorted by size. Of a client that
+    ``fetches``, those that find room go to ``lined_up``, of which the last is the next; and ``budget``, in
+    bytes, is of no account any more.
     ``to_walk`` begins with what the client will ask for next, as far as anybody can tell.
     """
 
     budget: int
     connections: int = 1
     fetches: bool = False
-    taken: int = 0
-    asked: set[HashPart] = field(default_factory=set)
+    asked: dict[HashPart, tuple[HashPart, ...]] = field(default_factory=dict)
     wanted: list[tuple[int, int, NarName]] = field(default_factory=list)
+    lined_up: list[tuple[int, int, NarName]] = field(default_factory=list)
+    heights: dict[HashPart, int] = field(default_factory=dict)
     walked: set[HashPart] = field(default_factory=set)
     to_walk: OrderedDict[HashPart, None] = field(default_factory=OrderedDict)
 
@@ -93,19 +93,69 @@ class Client:
         Args:
             room: Bytes that may be kept without evicting anything.
         """
-        if not self.wanted:
-            return None
-        at = 0
         if self.fetches:
-            self.taken += 1
-            if self.taken % LARGE_ONE_OF == 0 and self.wanted[-1][0] <= room:
-                at = -1
-        size, _, name = self.wanted[at]
-        if size > room or (not self.fetches and size > self.budget):
+            return self._take_lined_up(room)
+        if not self.wanted or self.wanted[0][0] > min(room, self.budget):
             return None
-        del self.wanted[at]
-        self.budget -= 0 if self.fetches else size
+        size, _, name = self.wanted.pop(0)
+        self.budget -= size
         return size, name
+
+    def _take_lined_up(self, room: int) -> tuple[int, NarName] | None:
+        while self.lined_up or self._line_up(room):
+            wish = size, _, name = self.lined_up.pop()
+            if size <= room:
+                return size, name
+            bisect.insort(self.wanted, wish)
+        return None
+
+    def _line_up(self, room: int) -> bool:
+        """Put what finds room in the order in which Nix can use it, a path after all that it refers to.
+
+        Returns:
+            Whether there is any.
+        """
+        fitting = bisect.bisect_right(self.wanted, room, key=lambda wish: wish[0])
+        wishes, self.wanted[:fitting] = self.wanted[:fitting], []
+        self.lined_up = sorted(
+            wishes, key=lambda wish: (-self._height(wish[2].hash_part), -wish[1])
+        )
+        return bool(self.lined_up)
+
+    def _height(self, path: HashPart) -> int:
+        """Return the length of the longest way down from a path, by references that were asked for.
+
+        Where they go round in circles, which paths of Nix do not, it is some number.
+        """
+        asked, heights, stack = self.asked, self.heights, [path]
+        while stack:
+            each = stack[-1]
+            height = heights.get(each)
+            if height is None:
+                heights[each] = 0  # until those below are known
+                stack += [below for below in asked[each] if below in asked and below not in heights]
+                continue
+            stack.pop()
+            if height == 0:
+                below = (heights.get(reference, 0) for reference in asked[each])
+                heights[each] = 1 + max(below, default=0)
+        return heights[path]
+
+    @property
+    def wishes(self) -> int:
+        """How many NARs might be fetched for it."""
+        return len(self.wanted) + len(self.lined_up)
+
+    def drop_wishes(self) -> None:
+        """Fetch nothing more for it."""
+        self.wanted.clear()
+        self.lined_up.clear()
+
+    def forget(self) -> None:
+        """Forget what it has asked for."""
+        self.drop_wishes()
+        self.asked.clear()
+        self.heights.clear()
 
     def give_back(self, size: int) -> None:
         """What `take` gave costs nothing: it is here, or on its way for somebody else."""
@@ -151,7 +201,7 @@ class Prefetch:
             if not rules.narinfos:
                 client.to_walk.clear()
             if not rules.nars:
-                client.wanted.clear()
+                client.drop_wishes()
 
     async def close(self) -> None:
         """End everything that is under way."""
@@ -180,7 +230,7 @@ class Prefetch:
         client.connections -= 1
         if client.connections == 0:
             del self._clients[name]
-            client.wanted.clear()
+            client.drop_wishes()
             client.to_walk.clear()
             self._left.put(name, self._rules.budget if client.fetches else client.budget)
 
@@ -197,9 +247,11 @@ class Prefetch:
         if client is None or hash_part in client.asked:
             return
         if len(client.asked) >= WALKED:
-            client.asked.clear()
-            client.wanted.clear()
-        client.asked.add(hash_part)
+            client.forget()
+        references = (sys.intern(each.hash_part) for each in known.info.references)
+        client.asked[hash_part] = tuple(
+            map(HashPart, references)
+        )  # one text for all who refer to it
         if self._rules.nars and not known.kept:
             size = known.info.file_size or known.info.nar_size
             bisect.insort(client.wanted, (size, next(self._order), known.info.nar_name))
@@ -239,12 +291,14 @@ class Prefetch:
         self._pump_downloads()
 
     def _pump_downloads(self) -> None:
+        most = min(self._rules.most, 2 * self._rules.most - len(self._lookups))
+        if not self._wanting or len(self._downloads) >= most:
+            return
         room = self._cache.room
         unable = 0  # clients in a row that may have nothing at the moment
-        most = min(self._rules.most, 2 * self._rules.most - len(self._lookups))
         while unable < len(self._wanting) and len(self._downloads) < most:
             client = self._wanting.popleft()
-            if not client.wanted:
+            if not client.wishes:
                 continue  # it has left
             wish = client.take(room)
             if wish is None:
@@ -257,7 +311,7 @@ class Prefetch:
                     self._start(self._downloads, partial(self._cache.fetch_ahead, name, size))
                 else:
                     client.give_back(size)
-            if client.wanted:
+            if client.wishes:
                 self._wanting.append(client)
 
     def _start(self, tasks: set[asyncio.Task[None]], work: Callable[[], Awaitable[None]]) -> None:

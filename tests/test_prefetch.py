@@ -9,8 +9,9 @@ import asyncio
 import bisect
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ from proxy.known import KnownPath
 from proxy.nix.hashes import Hash
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import parse_hash_part
-from proxy.prefetch import LARGE_ONE_OF, Client, LookAhead
+from proxy.prefetch import Client, LookAhead
 from tests.closures import SigningKey, StoreEntry, closure
 from tests.conftest import RunSimulator, StartSimulator
 from tests.faults import Gate
@@ -47,15 +48,22 @@ def entry(name: str, size: int = 100, *references: StoreEntry) -> StoreEntry:
 
 
 def a_nar(number: int) -> NarName:
-    """Make the name of a NAR that is like no other."""
-    hash_part = parse_hash_part("0" * 32)
-    return NarName(hash_part, Hash.sha256(str(number).encode()), "none")
+    """Make the name of the NAR of a path that is like no other."""
+    return NarName(parse_hash_part(f"{number:032}"), Hash.sha256(b""), "none")
 
 
-def want(client: Client, sizes: Iterable[int], first: int = 0) -> None:
+def want(
+    client: Client,
+    sizes: Iterable[int],
+    first: int = 0,
+    references: Mapping[int, Iterable[int]] = MappingProxyType({}),
+) -> None:
     """Let a client ask for NARs of these sizes; the first one is number ``first``."""
     for number, size in enumerate(sizes, start=first):
-        bisect.insort(client.wanted, (size, number, a_nar(number)))
+        name = a_nar(number)
+        below = references.get(number, ())
+        client.asked[name.hash_part] = tuple(a_nar(each).hash_part for each in below)
+        bisect.insort(client.wanted, (size, number, name))
 
 
 def take_all(client: Client, room: int = ENDLESS) -> list[tuple[int, NarName]]:
@@ -96,18 +104,70 @@ def test_before_a_nar_request(sizes: list[int], budget: int, room: int) -> None:
 
 @given(sizes=st.lists(SIZES), budget=st.integers(0, 5_000), room=st.integers(0, 1_500))
 def test_after_a_nar_request(sizes: list[int], budget: int, room: int) -> None:
-    """All that finds room, for nothing: small ones first, and now and then the largest."""
+    """All that finds room, for nothing, in the order in which it was asked for; the rest once it does."""
     client = Client(budget, fetches=True)
     want(client, sizes)
-    left = sorted((size, number) for number, size in enumerate(sizes))
-    taken = take_all(client, room)
+    wishes = [(size, a_nar(number)) for number, size in enumerate(sizes)]
 
-    assert len(taken) == len([size for size in sizes if size <= room])
-    for count, wish in enumerate(taken, start=1):
-        large = count % LARGE_ONE_OF == 0 and left[-1][0] <= room
-        size, number = left.pop(-1 if large else 0)
-        assert wish == (size, a_nar(number))
-    assert client.budget == budget
+    assert take_all(client, room) == [wish for wish in wishes if wish[0] <= room]
+    assert take_all(client) == [wish for wish in wishes if wish[0] > room]
+    assert (client.wishes, client.budget) == (0, budget)
+
+
+@given(
+    rooms=st.lists(SIZES, min_size=1),
+    sizes=st.lists(SIZES, min_size=1, max_size=30),
+    late=st.integers(0, 30),
+)
+def test_when_room_changes(rooms: list[int], sizes: list[int], late: int) -> None:
+    """Nothing is taken that finds no room, or twice, and nothing is lost, whenever it was asked for."""
+    client = Client(0, fetches=True)
+    want(client, sizes[:late])
+    taken = []
+    for step, room in enumerate(rooms):
+        if step == 1:
+            want(client, sizes[late:], first=len(sizes[:late]))
+        wish = client.take(room)
+        assert wish is None or wish[0] <= room
+        assert wish is not None or all(size > room for size, *_ in client.wanted)
+        taken += [] if wish is None else [wish]
+    if len(rooms) == 1:
+        want(client, sizes[late:], first=len(sizes[:late]))
+
+    assert sorted(taken + take_all(client), key=str) == sorted(
+        ((size, a_nar(number)) for number, size in enumerate(sizes)), key=str
+    )
+
+
+@given(data=st.data(), sizes=st.lists(SIZES, min_size=1, max_size=30))
+def test_what_others_refer_to_comes_first(data: st.DataObject, sizes: list[int]) -> None:
+    """A path is taken after all that it needs: Nix does not ask for its NAR before it has those."""
+    numbers = list(range(len(sizes)))
+    references = {
+        number: data.draw(st.sets(st.sampled_from(numbers[:number]), max_size=3)) | {number}
+        for number in numbers[1:]
+    }
+    order = data.draw(st.permutations(numbers))
+    renamed = {
+        order[number]: {order[each] for each in below} for number, below in references.items()
+    }
+    client = Client(0, fetches=True)
+    want(client, sizes, references=renamed)
+    taken = [name.hash_part for _, name in take_all(client)]
+
+    assert len(taken) == len(sizes)
+    for number, below in renamed.items():
+        at = taken.index(a_nar(number).hash_part)
+        assert all(taken.index(a_nar(each).hash_part) <= at for each in below)
+
+
+def test_references_in_circles() -> None:
+    """Paths that refer to each other, which those of Nix do not, are taken like others; so is a long way."""
+    client = Client(0, fetches=True)
+    most = 20_000
+    references = {number: [number - 1] for number in range(1, most)} | {0: [most - 1], 5: [5, 3, 9]}
+    want(client, [1] * most, references=references)
+    assert len(take_all(client)) == most
 
 
 @given(steps=st.lists(st.none() | SIZES), budget=st.integers(0, 3_000))
