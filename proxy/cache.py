@@ -239,7 +239,7 @@ class Cache:
         return await self._nar(name, PREFETCHED if was_ahead else None)
 
     def nar_at_hand(self, name: NarName, most: int, read: int) -> NarAtHand | None:
-        """Return a NAR of the store that has at most so many bytes, if that takes no waiting."""
+        """Return a NAR of the store that has at most so many bytes, as `Supplier.nar_at_hand` does."""
         found = self._supplier.nar_at_hand(name, most, read)
         if found is None:
             return None

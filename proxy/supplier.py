@@ -262,6 +262,9 @@ class Supplier:
             name: The NAR.
             most: Bytes that it may have.
             read: Bytes up to which it is read; a larger one is opened.
+
+        Raises:
+            BlockingIOError: The disk was asked for it, and may have it in memory soon.
         """
         known = self._known.hot(name.hash_part)
         if known is None or not known.kept or known.info.nar_name != name:

@@ -1,13 +1,16 @@
-"""Files that stay in memory, whatever the kernel would take out of it: it may do so at any time."""
+"""Files that stay in memory, though the kernel may take any out of it at any time; and files that do not."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
+
+import pytest
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -56,6 +59,35 @@ class InMemory:
     def __exit__(self, *_: object) -> None:
         for path in tuple(self._areas):
             self.let_go(path)
+
+
+def drop_pages(path: Path) -> None:
+    """Have the kernel forget the pages of a file, so that reading it means reading the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        for _ in range(100):  # what has just been written is kept for a moment
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not pages_in_memory(fd):
+                return
+            time.sleep(0.01)
+        pytest.skip("the file system keeps all pages in memory")
+    finally:
+        os.close(fd)
+
+
+def pages_in_memory(fd: int) -> int:
+    """Count them by mincore(2); to ask by reading would bring them in."""
+    size = os.fstat(fd).st_size
+    vector = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    with mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as area:
+        first = ctypes.c_char.from_buffer(area)
+        failed = _LIBC.mincore(
+            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(size), vector
+        )
+        del first
+    _check(not failed)
+    return sum(each & 1 for each in vector)
 
 
 def _check(succeeded: bool) -> None:  # noqa: FBT001  # what a system call says

@@ -85,6 +85,9 @@ class Cache(Protocol):
             name: The NAR.
             most: Bytes that it may have.
             read: Bytes up to which it is read; a larger one is opened.
+
+        Raises:
+            BlockingIOError: The disk was asked for it, and may have it in memory soon.
         """
 
     def is_absent(self, key: str) -> bool:

@@ -143,11 +143,12 @@ class _NarRequest:
         if nar is not None:
             nar.used = True
         else:
-            soon, self._asked = lane.now < self._asked + SOON, lane.now
+            soon = lane.now < self._asked + SOON
             # The store notes the use.
             nar = lane.bring_in(self._target, self._name, SMALL_NAR if soon else TINY_NAR)
             if nar is None:
                 return None
+            self._asked = lane.now
         if nar.answered_in != lane.second:
             self._refresh(nar)
         nar.requests += 1
@@ -319,7 +320,11 @@ class FastLane:
 
         What was fetched ahead is not kept, since most of it is asked for once.
         """
-        nar = self.cache.nar_at_hand(name, LARGEST_NAR, read)
+        try:
+            nar = self.cache.nar_at_hand(name, LARGEST_NAR, read)
+        except BlockingIOError:
+            self.disk_asked = True
+            return None
         if nar is None:
             return None
         if isinstance(nar.body, bytes):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from proxy.errors import DamagedError, StoreError
-from proxy.store.pages import are_in_memory, bring_in_beginning
+from proxy.store.pages import ask_for, bring_in_beginning, look_at
 
 _DAMAGE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
 """What the kernel says of what cannot be read any more: bad blocks, inconsistency, a wrong checksum."""
@@ -127,14 +127,24 @@ class OpenFile:
         """Open what is to be sent at once, if it is as long as it should be and in memory.
 
         Nothing keeps it from being evicted, which takes it from nobody who has it open.
+
+        Raises:
+            BlockingIOError: It is not in memory, and the disk was asked for it: it may be there soon.
         """
         try:
             file = cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), size)
         except OSError:
             return None
-        with contextlib.suppress(OSError):
-            if os.fstat(file.fd).st_size == size and are_in_memory(file.fd, 0, size):
+        try:
+            if os.fstat(file.fd).st_size == size:
+                look_at(file.fd, 0, size)
                 return file
+        except BlockingIOError:
+            if ask_for(file.fd, size):
+                file.close()
+                raise
+        except OSError:
+            pass
         file.close()
         return None
 

@@ -158,7 +158,7 @@ class Store(StoreReader):
         return None if path in self._quarantine else self._open(path)
 
     def nar_at_hand(self, name: NarName, size: int, read: int) -> bytes | OpenFile | None:
-        """Return a NAR that is here, if that takes no waiting: `StoreReader.nar_at_hand`."""
+        """Return a NAR that is here, if that takes no waiting; raise as `StoreReader.nar_at_hand`."""
         path = self.layout.nar_name(name)
         body = None if path in self._quarantine else super().nar_at_hand(name, size, read)
         if body is not None:

@@ -6,6 +6,7 @@ sendfile(2) waits for the disk where a page is missing, and with it everybody wh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -20,6 +21,10 @@ AHEAD: Final = 2**23
 
 DEADLINE: Final = 60.0
 """Seconds after which a disk that has not answered is given up."""
+
+LITTLE: Final = 2**18
+"""Bytes that the loop itself may ask for: one request to most disks. For many the loop might have to wait, as
+a disk's queue is short."""
 
 _PIECE: Final = 2**18
 _READERS: Final = ThreadPoolExecutor(8, thread_name_prefix="read-ahead")
@@ -40,27 +45,32 @@ def are_in_memory(fd: int, start: int, stop: int) -> bool:
 
     False also where the file system cannot tell: those without ``RWF_NOWAIT`` are the slow ones.
     """
-    byte = bytearray(1)
     try:
-        for offset in (*range(start, stop - 1, STRIDE), stop - 1):
-            os.preadv(fd, [byte], offset, os.RWF_NOWAIT)
+        look_at(fd, start, stop)
     except OSError:
         return False
     return True
 
 
-def read_at_hand(path: str, size: int) -> bytes | None:
-    """Return what is in a file if it can be read without waiting, and has as many bytes as it should."""
-    buffer = bytearray(size + 1)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            count = os.preadv(fd, [buffer], 0, os.RWF_NOWAIT)
-        finally:
-            os.close(fd)
-    except OSError:
-        return None
-    return bytes(memoryview(buffer)[:size]) if count == size else None
+def look_at(fd: int, start: int, stop: int) -> None:
+    """See that a part of a file can, in all likelihood, be read without waiting.
+
+    Raises:
+        BlockingIOError: It cannot.
+        OSError: The file system cannot tell, or cannot read.
+    """
+    byte = bytearray(1)
+    for offset in (*range(start, stop - 1, STRIDE), stop - 1):
+        os.preadv(fd, [byte], offset, os.RWF_NOWAIT)
+
+
+def ask_for(fd: int, size: int) -> bool:
+    """Have the kernel read a file, without waiting, if it has no more than `LITTLE`; tell whether it has."""
+    if size > LITTLE:
+        return False
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, 0, size, os.POSIX_FADV_WILLNEED)
+    return True
 
 
 async def bring_in(fd: int, start: int, stop: int, *, ahead: int = AHEAD) -> None:

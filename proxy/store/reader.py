@@ -7,10 +7,12 @@ a thread. One that is not in memory is brought there first, by a thread.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Final
 
+from proxy.errors import StoreError
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
 from proxy.store import pages
@@ -85,11 +87,18 @@ class StoreReader:
 
         Returns:
             All of it, or an open file if that has more than ``read`` bytes.
+
+        Raises:
+            BlockingIOError: The disk was asked for it, and may have it in memory soon.
         """
-        path = self.layout.nar_name(name)
-        if size <= read:
-            return pages.read_at_hand(path, size)
-        return OpenFile.at_hand(path, size)
+        file = OpenFile.at_hand(self.layout.nar_name(name), size)
+        if file is None or size > read:
+            return file
+        with file, contextlib.suppress(StoreError):  # the long way finds out, and can wait
+            body = file.read_at_once()
+            if len(body) == size:
+                return body
+        return None
 
     def has_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is here."""

@@ -196,7 +196,7 @@ class RemoteCache:
         return await self._stored_nar(name) or await self._arriving("nar", str(name))
 
     def nar_at_hand(self, name: NarName, most: int, read: int) -> NarAtHand | None:
-        """Return a NAR of the store, if that takes no waiting: `proxy.cache.Cache.nar_at_hand`."""
+        """Return a NAR of the store, if that takes no waiting; raise as `proxy.cache.Cache.nar_at_hand`."""
         held = self.hot_narinfo(name.hash_part)
         if (
             held is None

@@ -15,7 +15,7 @@ from typing import NamedTuple, Self, cast
 
 from proxy.events import FastlaneServed
 from proxy.server.app import Server
-from proxy.server.connection import Connection
+from proxy.server.connection import DISK_TURNS, Connection
 from proxy.server.connection import Server as Connections
 from proxy.server.listening import _connections
 from tests.inside import InsideProxy
@@ -26,9 +26,8 @@ PATIENCE = 20.0
 BLOCK = b" HTTP/1.1\r\nHost: cache\r\nAccept: */*\r\n\r\n"
 """What follows the target in the requests of a client that always sends the same."""
 
-CALM = 10
-"""Turns of the event loop without anything to do, after which nothing more will come."""
-
+CALM = DISK_TURNS + 10
+"""Turns of the event loop without anything to do, after which nothing more comes, not even from a disk."""
 
 LINGERING = 0.5
 """Seconds that aiohttp waits for the rest of a body that nobody wants: no test takes as long to send it."""

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
-import itertools
-import mmap
 import os
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
 from proxy.events import Fault
-from proxy.server.connection import DISK_TURNS, REGULAR
 from proxy.store import pages
-from tests.server.hot import ABSENT, LARGE, LARGE_NAR, NAR, NARINFO, SMALL, InMemoryProxy
+from tests.memory import drop_pages
+from tests.server.hot import LARGE, LARGE_NAR, NAR, NARINFO, SMALL, InMemoryProxy
 from tests.server.piecewise import through_the_lane
 from tests.wire import Wire
 
@@ -31,36 +27,6 @@ def forget(proxy: InMemoryProxy, target: str) -> Path:
     proxy.memory.let_go(path)
     drop_pages(path)
     return path
-
-
-def drop_pages(path: Path) -> None:
-    """Have the kernel forget the pages of a file, so that reading it means reading the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        for _ in range(100):  # what has just been written is kept for a moment
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            if not pages_in_memory(fd):
-                return
-            time.sleep(0.01)
-        pytest.skip("the file system keeps all pages in memory")
-    finally:
-        os.close(fd)
-
-
-def pages_in_memory(fd: int) -> int:
-    """Count them by mincore(2); to ask by reading would bring them in."""
-    size = os.fstat(fd).st_size
-    libc = ctypes.CDLL(None, use_errno=True)
-    vector = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-    with mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as area:
-        first = ctypes.c_char.from_buffer(area)
-        failed = libc.mincore(
-            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(size), vector
-        )
-        del first
-    assert not failed, os.strerror(ctypes.get_errno())
-    return sum(each & 1 for each in vector)
 
 
 class SlowDisk:
@@ -137,61 +103,6 @@ async def test_a_narinfo_that_is_not_in_memory(
             assert not waiting.done()
             slow_disk.answer()
             assert (await waiting).status == 200
-    assert not proxy.observed(Fault)
-
-
-def quick_disk(proxy: InMemoryProxy, monkeypatch: pytest.MonkeyPatch, late: int) -> None:
-    """Forget what is in memory of narinfos, and have the disk give one when it was asked ``late`` times."""
-    looks = itertools.count()
-    monkeypatch.setattr(pages, "are_in_memory", lambda *_: next(looks) >= late)
-    proxy.cache.use(proxy.failover, negative_ttl=60.0)
-
-
-@pytest.mark.parametrize("before", [1, REGULAR + 1], ids=["idle", "hot"])
-@pytest.mark.parametrize("late", [0, 1, DISK_TURNS, DISK_TURNS + 1])
-async def test_a_disk_that_is_quick(
-    proxy: InMemoryProxy, monkeypatch: pytest.MonkeyPatch, late: int, before: int
-) -> None:
-    """What the disk gives within a few turns of the event loop is answered past aiohttp."""
-    async with Wire(proxy.url) as reader:
-        answers = [await reader.ask(NARINFO) for _ in range(before)]
-        expected = answers[0].body
-        through = through_the_lane(proxy)
-        quick_disk(proxy, monkeypatch, late)
-        assert (await reader.ask(NARINFO)).body == expected
-        assert through_the_lane(proxy) - through == (late <= DISK_TURNS)
-        for _ in range(REGULAR + 1):
-            assert (await reader.ask(NARINFO)).body == expected
-    assert not proxy.observed(Fault)
-
-
-@pytest.mark.parametrize("before", [1, REGULAR + 1], ids=["idle", "hot"])
-@pytest.mark.parametrize("late", [1, DISK_TURNS, DISK_TURNS + 1])
-async def test_nothing_overtakes_what_waits_for_the_disk(
-    proxy: InMemoryProxy, monkeypatch: pytest.MonkeyPatch, late: int, before: int
-) -> None:
-    """A request that comes while another one on its connection waits is answered after it."""
-    async with Wire(proxy.url) as reader:
-        for _ in range(before):
-            assert (await reader.ask(NARINFO)).status == 200
-        quick_disk(proxy, monkeypatch, late)
-        await reader.send(reader.request(NARINFO))
-        await asyncio.sleep(0)  # so that it is looked at
-        await reader.send(reader.request(ABSENT))
-        assert [(await reader.answer()).status for _ in range(2)] == [200, 404]
-    assert not proxy.observed(Fault)
-
-
-async def test_a_client_that_does_not_wait_for_a_quick_disk(
-    proxy: InMemoryProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A client that leaves between two looks leaves nothing behind."""
-    async with Wire(proxy.url) as reader:
-        assert (await reader.ask(NARINFO)).status == 200
-        monkeypatch.setattr(pages, "are_in_memory", lambda *_: False)
-        proxy.cache.use(proxy.failover, negative_ttl=60.0)
-        await reader.send(reader.request(NARINFO))
-    assert (await proxy.pull(NARINFO)).status == 200
     assert not proxy.observed(Fault)
 
 

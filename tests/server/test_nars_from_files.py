@@ -207,11 +207,11 @@ async def test_what_is_not_in_memory(proxy: InsideProxy, monkeypatch: pytest.Mon
     """A NAR of which a page is on the disk takes the long way, and nobody waits for that."""
     looked_at = []
 
-    def last_page_is_missing(_: int, start: int, stop: int) -> bool:
+    def last_page_is_missing(_: int, start: int, stop: int) -> None:
         looked_at.append((start, stop))
-        return False
+        raise BlockingIOError
 
-    monkeypatch.setattr("proxy.store.files.are_in_memory", last_page_is_missing)
+    monkeypatch.setattr("proxy.store.files.look_at", last_page_is_missing)
     async with Lane(proxy) as lane:
         answer, took_it = await lane.ask(NAR)
         assert (answer.body, took_it) == (FILE, False)
