@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -153,13 +154,17 @@ class Bench:
             looks over the inodes that were freed in the last minute, for up to 6 s of a client's CPU time.
         files: The URL of the closure on a plain file server.
         far: The same through the relay.
+        from_disk: Whether NARs are to be out of memory before each pull from a hot proxy or the file server.
     """
 
-    def __init__(self, closure: Closure, folder: Path, *, files: str, far: str) -> None:
+    def __init__(
+        self, closure: Closure, folder: Path, *, files: str, far: str, from_disk: bool = False
+    ) -> None:
         self._closure = closure
         self._folder = folder
         self._files = files
         self._far = far
+        self._from_disk = from_disk
         self._runs = itertools.count()
 
     def direct(self, times: Times, make_client: MakeClient) -> None:
@@ -184,9 +189,14 @@ class Bench:
             self._await_stored(proxy)
             received = proxy.metric("upstream_bytes_total")
             times.fetched.append(received / self._closure.size)
-            for _ in range(HOT_ROUNDS):
-                times.add("hot", self._pull(times.command, make_client, proxy.url))
-                times.add("files", self._pull(times.command, make_client, self._files))
+            near = (
+                ("hot", proxy.url, folder / "store"),
+                ("files", self._files, self._closure.folder),
+            )
+            for source, url, store in near * HOT_ROUNDS:
+                if self._from_disk:
+                    _drop_nars(store)
+                times.add(source, self._pull(times.command, make_client, url))
 
     def _pull(self, command: str, make_client: MakeClient, url: str) -> float:
         """Return the seconds that it took."""
@@ -215,6 +225,13 @@ class Bench:
             time.sleep(0.2)
 
 
+def _drop_nars(store: Path) -> None:
+    """Have the kernel forget what is in the NARs of a binary cache."""
+    for nar in (store / "nar").iterdir():
+        with nar.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this program."""
     group = parser.add_argument_group("cold")
@@ -223,6 +240,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pull", default="", help="only rows that contain this")
     group.add_argument(
         "--nix", type=Path, action="append", default=[], help="root of another system with Nix"
+    )
+    group.add_argument(
+        "--from-disk", action="store_true", help="drop NARs from memory before each hot pull"
     )
     group.add_argument("--repeat", type=int, default=3, help="rounds at most (%(default)s)")
     group.add_argument(
@@ -237,7 +257,13 @@ def measure(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-cold-") as folder:
         all_times = _measure(closure, Path(folder), options)
     print(_table(all_times))
-    about = {"paths": closure.paths, "bytes": closure.size, "rtt": RTT, "mbit": MBIT}
+    about = {
+        "paths": closure.paths,
+        "bytes": closure.size,
+        "rtt": RTT,
+        "mbit": MBIT,
+        "from_disk": options.from_disk,
+    }
     report.keep("cold", {**about, "rows": [times.as_json() for times in all_times]})
 
 
@@ -254,7 +280,7 @@ def _measure(closure: Closure, folder: Path, options: argparse.Namespace) -> lis
         run = stack.enter_context
         files = run(servers.nginx_files(folder / "files", closure.folder))
         far = run(servers.far_away(folder / "relay.log", files, rtt=RTT, mbit=MBIT))
-        bench = Bench(closure, folder, files=files.url, far=far)
+        bench = Bench(closure, folder, files=files.url, far=far, from_disk=options.from_disk)
         for number in range(options.repeat):
             for times, maker in pulls:
                 if number and time.monotonic() > deadline:
