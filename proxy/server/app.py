@@ -26,10 +26,11 @@ from proxy.nix.cache_info import CacheInfo
 from proxy.nix.nar_name import NarName
 from proxy.nix.resource import CacheInfoFile, ForeignNar, NarFile, NarinfoFile, SideFile
 from proxy.server.backend import Audience, Cache, Operations
-from proxy.server.body import ClientGoneError, Delivery
+from proxy.server.body import Delivery
 from proxy.server.connection import Connection
 from proxy.server.fastlane import FastLane
 from proxy.server.headers import NAR_TYPE, SOFTWARE, file_headers, is_had, narinfo_headers
+from proxy.server.outflow import ClientGoneError, Outflow
 from proxy.server.page import render
 from proxy.server.ranges import ByteRange, Span
 from proxy.store.files import OpenFile
@@ -256,7 +257,8 @@ class Server:
         if content.file is not None and request.method != "HEAD":
             if span is None:
                 response.enable_chunked_encoding()
-            await self._send(Delivery(request, response, content.file), span, outcome)
+            delivery = Delivery(request, response, content.file, _outflow_of(request))
+            await self._send(delivery, span, outcome)
         return response
 
     async def _send(self, delivery: Delivery, span: Span | None, outcome: _Outcome) -> None:
@@ -329,6 +331,13 @@ def _client_of(request: web.BaseRequest) -> str:
     """Name the client as its connection does."""
     protocol = request.protocol
     return protocol.client if isinstance(protocol, Connection) else ""
+
+
+def _outflow_of(request: web.BaseRequest) -> Outflow:
+    protocol = request.protocol
+    if not isinstance(protocol, Connection):
+        raise TypeError(f"a connection that is not ours: {protocol!r}")
+    return protocol.outflow
 
 
 def _text(status: int, text: str, headers: Mapping[str, str] | None = None) -> web.Response:

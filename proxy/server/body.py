@@ -1,6 +1,6 @@
 """Send files to clients, complete ones and ones that are still arriving.
 
-The bytes go from the page cache to the socket with sendfile(2), past the transport, whose own
+The bytes go from the page cache to the socket (`proxy.server.outflow`), past the transport, whose own
 `asyncio.loop.sendfile` neither notices a client that has stopped reading nor says how far it got. That is
 safe as long as the transport has nothing left to write, which is waited for first. Where pages are missing
 they are brought in by a thread (`proxy.store.pages`), so that a slow disk holds up its own readers only.
@@ -10,34 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
 import os
-import sys
-import termios
 from collections.abc import AsyncIterator, Iterator
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from proxy.answers import File
-from proxy.errors import DamagedError
+from proxy.server.outflow import ClientGoneError, Flow, Outflow, too_short
 from proxy.server.ranges import Span
-from proxy.store import pages
 from proxy.store.files import OpenFile, reading
-
-WINDOW = 2**20
-"""Bytes for one client in one turn of the event loop."""
 
 PIECE = 2**18
 """Bytes of a piece, where they have to be copied."""
 
 STALL_TIMEOUT = 60.0
 """Seconds without a byte after which a client that reads nothing is cut off (nginx: send_timeout)."""
-
-
-class ClientGoneError(Exception):
-    """The client has left, or does not read; there is nobody to tell."""
 
 
 class Delivery:
@@ -47,10 +35,18 @@ class Delivery:
         request: What is answered.
         response: Status and headers; its Content-Length is that of what will be sent.
         file: A complete file, or one that still arrives.
+        outflow: Sends it.
     """
 
-    def __init__(self, request: web.BaseRequest, response: web.StreamResponse, file: File) -> None:
+    def __init__(
+        self,
+        request: web.BaseRequest,
+        response: web.StreamResponse,
+        file: File,
+        outflow: Outflow,
+    ) -> None:
         self._request = request
+        self._outflow = outflow
         self._response = response
         self._file = file
         self.sent = 0
@@ -88,7 +84,7 @@ class Delivery:
             with reading("cannot read"):
                 piece = os.pread(self._file.fd, min(PIECE, end - self.sent), self.sent)
             if not piece:
-                raise _too_short(self.sent, end)
+                raise too_short(self.sent, end)
             async with _gone_if_stalled():
                 await self._response.write(piece)
             self.sent += len(piece)
@@ -98,21 +94,20 @@ class Delivery:
     ) -> None:
         async with _gone_if_stalled():
             await writer.drain()  # to the last byte: `connection` has set the limit to 0
-        is_judged = isinstance(self._file, OpenFile) or span.stop == self._file.size
+        is_complete = isinstance(self._file, OpenFile)
+        is_judged = is_complete or span.stop == self._file.size
         stop = span.stop if is_judged else span.stop - 1
         with _duplicate_of(transport) as socket:
-            position = looked_at = span.start
+            position = span.start
             while position < stop:
                 end = min(stop, await self._file.wait_beyond(position))
-                while position < end:
-                    if looked_at < min(end, position + WINDOW):
-                        start, looked_at = looked_at, min(end, looked_at + WINDOW)
-                        await self._bring_in(start, looked_at)
-                    count = await _send_some(socket, self._file.fd, position, end - position)
-                    position += count
-                    self.sent += count
-                    if position < stop:
-                        await asyncio.sleep(0)  # the others' turn
+                flow = Flow(socket, self._file.fd, position, end, wary=is_complete)
+                try:
+                    while not await self._outflow.send(flow, patience=STALL_TIMEOUT):
+                        await flow.bring_in()
+                finally:
+                    self.sent += flow.position - position
+                position = end
         if not is_judged:
             await self._send_byte(stop)
 
@@ -122,69 +117,11 @@ class Delivery:
         with reading("cannot read"):
             byte = os.pread(self._file.fd, 1, position)
         if not byte:
-            raise _too_short(position, position + 1)
+            raise too_short(position, position + 1)
         await self._file.wait_beyond(await self._file.size_known() - 1)
         async with _gone_if_stalled():
             await self._response.write(byte)
         self.sent += 1
-
-    async def _bring_in(self, start: int, stop: int) -> None:
-        """See to it that a part of the file is in memory; what arrives has just been written."""
-        if isinstance(self._file, OpenFile) and not pages.are_in_memory(self._file.fd, start, stop):
-            await pages.bring_in(self._file.fd, start, stop)
-
-
-async def _send_some(socket: int, fd: int, position: int, count: int) -> int:
-    """Send at least one byte, and at most a window."""
-    while True:
-        try:
-            sent = os.sendfile(socket, fd, position, min(count, WINDOW))
-        except BlockingIOError:
-            await _writable(socket)
-            continue
-        except OSError as error:
-            if error.errno == errno.EIO:  # of the file: no socket says so
-                raise DamagedError(f"cannot read: {error.strerror}") from error
-            raise
-        if sent == 0:
-            raise _too_short(position, position + count)
-        return sent
-
-
-def _too_short(position: int, end: int) -> DamagedError:
-    return DamagedError(f"a file ends at {position}, and should go on to {end}")
-
-
-async def _writable(socket: int) -> None:
-    """Wait until the socket takes more, as long as the client takes something now and then.
-
-    The kernel calls a socket writable when a good part of its buffer is free, which may take a slow
-    client minutes; so what counts is whether its queue gets shorter.
-    """
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_writer(socket, ready.set)
-    try:
-        queued = _queued(socket)
-        while not await _set_within(ready, STALL_TIMEOUT):
-            before, queued = queued, _queued(socket)
-            if queued >= before:
-                raise ClientGoneError
-    finally:
-        loop.remove_writer(socket)
-
-
-async def _set_within(event: asyncio.Event, seconds: float) -> bool:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    return event.is_set()
-
-
-def _queued(socket: int) -> int:
-    """Return how many bytes the client has not taken yet: SIOCOUTQ of tcp(7) and unix(7)."""
-    answer = fcntl.ioctl(socket, termios.TIOCOUTQ, bytes(4))
-    return int.from_bytes(answer, sys.byteorder)
 
 
 @contextlib.contextmanager

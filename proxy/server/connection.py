@@ -39,6 +39,7 @@ from proxy.server.backend import Audience
 from proxy.server.body import STALL_TIMEOUT
 from proxy.server.fastlane import FastLane, Lookup
 from proxy.server.hot_connections import HotConnections
+from proxy.server.outflow import Outflow
 from proxy.server.plain import is_plain
 from proxy.server.same_host import spare_pacing
 from proxy.server.sending import send
@@ -113,6 +114,7 @@ class Server(web.Server):
         self.requests: dict[bytes, Lookup] = {}
         """What was asked for by requests that the lane has answered, byte for byte."""
         self.hot = HotConnections(lane.begin if lane is not None else _nothing)
+        self.outflow = Outflow()
 
     def __call__(self) -> web.RequestHandler:
         """Make a connection; called by the event loop for each that is accepted."""
@@ -122,6 +124,7 @@ class Server(web.Server):
         """Close all connections."""
         await super().shutdown(timeout)
         self.hot.close()
+        self.outflow.close()
 
 
 class Connection(web.RequestHandler):
@@ -147,6 +150,7 @@ class Connection(web.RequestHandler):
         "_stalled",
         "client",
         "fetches",
+        "outflow",
     )
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
@@ -163,6 +167,7 @@ class Connection(web.RequestHandler):
         self._socket = -1
         self._clean = server.lane is not None
         self._hot = server.hot
+        self.outflow = server.outflow
         self._is_hot = False
         self._hot_requests = 0
         self._prefetch = server.prefetch
