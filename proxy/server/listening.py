@@ -19,6 +19,7 @@ from proxy.server.app import Server
 from proxy.server.connection import Server as ConnectionServer
 from proxy.server.connection import missing_slots
 from proxy.server.fastlane import FastLane
+from proxy.server.same_host import spare_clients_pacing
 
 FLUSH_INTERVAL = 10.0
 """Seconds between two accounts of what the fast lane did."""
@@ -59,6 +60,7 @@ async def listening(
             try:
                 refuse_if_in_use(address)
                 await site.start()
+                spare_clients_pacing(_sockets_of(site))
             except OSError as error:
                 reason = os.strerror(error.errno) if error.errno else str(error)
                 raise ListenError(f"cannot listen on {address_text(address)}: {reason}") from error
@@ -125,6 +127,11 @@ def _site(runner: web.ServerRunner, address: Address) -> web.BaseSite:
             return web.SockSite(runner, address)
         case (host, port):
             return web.TCPSite(runner, host, port)
+
+
+def _sockets_of(site: web.BaseSite) -> Sequence[socket.socket]:
+    """Return what a site listens on, if aiohttp, which keeps it to itself, has it where it had it."""
+    return getattr(getattr(site, "_server", None), "sockets", None) or ()
 
 
 def address_text(address: object) -> str:

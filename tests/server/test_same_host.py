@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
-from proxy.server.same_host import UNPACED
+from proxy.server.same_host import UNPACED, spare_clients_pacing
 from tests.inside import InsideProxy
 from tests.server.piecewise import connections
 
@@ -75,3 +78,41 @@ async def test_a_kernel_that_refuses(proxy: InsideProxy, monkeypatch: pytest.Mon
     default = congestion_control(listening)
     async with served(proxy, listening, "127.0.0.1") as accepted:
         assert congestion_control(accepted) == default
+
+
+@pytest.mark.parametrize(
+    ("host", "family", "is_spared"),
+    [
+        pytest.param("127.0.0.1", socket.AF_INET, True, id="IPv4"),
+        pytest.param("::1", socket.AF_INET6, True, id="IPv6"),
+        pytest.param("0.0.0.0", socket.AF_INET, False, id="every address"),
+        pytest.param("::", socket.AF_INET6, False, id="every IPv6 address"),
+    ],
+)
+def test_where_only_they_can_come(
+    host: str, family: socket.AddressFamily, *, is_spared: bool
+) -> None:
+    """A socket that only clients of this machine reach has another congestion control; no other has."""
+    with listen_on(host, family) as listening:
+        default = congestion_control(listening)
+        spare_clients_pacing([listening])
+        assert congestion_control(listening) == (UNPACED if is_spared else default)
+
+
+async def test_what_the_proxy_listens_on(proxy: InsideProxy) -> None:
+    """Its socket has that congestion control, so that no connection was ever paced."""
+    _, _, port = proxy.url.rpartition(":")
+    with listening_on(int(port)) as listening:
+        assert congestion_control(listening) == UNPACED
+
+
+def listening_on(port: int) -> socket.socket:
+    """Return a duplicate of what this process listens with on a port."""
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found = socket.socket(fileno=os.dup(int(link.name)))
+            is_listening = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if is_listening and found.getsockname()[1] == port:
+                return found
+            found.close()
+    raise AssertionError(f"nobody listens on {port}")
