@@ -35,8 +35,12 @@ from proxy.events import (
     Fault,
     FetchedAhead,
     FetchEnded,
+    FetchingAhead,
+    FetchStarted,
+    Forgotten,
     Mode,
     ModeChanged,
+    Published,
     Quarantined,
     Rejected,
     RequestServed,
@@ -159,6 +163,8 @@ class Metrics:
 
     def __call__(self, event: Event) -> None:
         """Count an event."""
+        if type(event) in _UNCOUNTED:
+            return
         match event:
             case RequestServed():
                 self._count_request(event)
@@ -224,6 +230,10 @@ class Metrics:
 
     def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
         return Counter(f"{PREFIX}_{name}", text, labels, registry=self._registry)
+
+
+_UNCOUNTED = frozenset({FetchStarted, FetchingAhead, Forgotten, Published})
+"""Events that come often, and that no metric is made of."""
 
 
 class _Processes(Collector):

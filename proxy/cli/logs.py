@@ -131,9 +131,14 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 
 class EventLog:
-    """Logs events. An instance is an `proxy.events.Observer`."""
+    """Logs events, once `set_up_logs` has been called. An instance is an `proxy.events.Observer`."""
 
     def __init__(self) -> None:
+        self._untold = {
+            kind for kind, (level, _) in _LINES.items() if not log.is_enabled_for(level)
+        }
+        """Events that nobody wants to read of, which are nearly all: a closure is tens of thousands."""
+        self._tells_answers = log.is_enabled_for(logging.DEBUG)
         self._failing: set[str] = set()
         self._left_alone: set[str] = set()
         self._keeps = True
@@ -141,6 +146,8 @@ class EventLog:
 
     def __call__(self, event: Event) -> None:
         """Log an event."""
+        if type(event) in self._untold:
+            return
         match event:
             case UpstreamAnswered():
                 self._upstream_answered(event)
@@ -156,8 +163,7 @@ class EventLog:
                 _log_reload(event)
             case _:
                 level, words = _LINES[type(event)]
-                if log.is_enabled_for(level):  # most are not, and naming their fields costs
-                    log.log(level, words, **asdict(event))
+                log.log(level, words, **asdict(event))
 
     def _log_store(self, event: StoreFailed | StoreChanged) -> None:
         """Say what failed, but not again and again while it is known that nothing is kept."""
@@ -191,6 +197,8 @@ class EventLog:
     def _upstream_answered(self, event: UpstreamAnswered) -> None:
         """Say once that an upstream has begun to fail, and once that it has recovered."""
         name, failed = event.upstream, event.outcome in _FAILURES
+        if not (failed or self._failing or self._tells_answers):
+            return
         tell = log.debug
         if failed and name not in self._failing:
             self._failing.add(name)
