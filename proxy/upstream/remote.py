@@ -19,6 +19,7 @@ import re
 import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -107,6 +108,7 @@ class Upstream:
         self._own = f"{self._origin}/"
         self._credentials = credentials
         self._proxies = urllib.request.getproxies()
+        self._own_way = self._way_to(yarl.URL(url))
         self._header_timeout = connect_timeout + read_timeout
         self._slots = Slots(max_connections)
         self._nar_slots = Slots(max(1, int(max_connections * NAR_SHARE)))
@@ -211,10 +213,9 @@ class Upstream:
         raise UpstreamProtocolError(self.name, f"more than {MAX_REDIRECTS} redirects")
 
     def _order(self, url: str) -> Order:
-        target = yarl.URL(url, encoded=True)
-        headers = {**HEADERS, **self._authorization(url, target)}
-        proxy = self._forward_proxy(target)
-        return Order(self.name, url, headers, proxy, self._ca_file, *self._timeouts)
+        way = self._way(url)
+        headers = {**HEADERS, **way.headers}
+        return Order(self.name, url, headers, way.proxy, self._ca_file, *self._timeouts)
 
     async def nar_size(self, reference: str) -> int | None:
         """Ask how many bytes a NAR has without fetching it; None when the upstream does not say.
@@ -276,23 +277,30 @@ class Upstream:
         raise UpstreamProtocolError(self.name, f"more than {MAX_REDIRECTS} redirects")
 
     async def _send(self, method: str, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
-        target = yarl.URL(url, encoded=True)
         if self._session.closed:
             raise UpstreamUnavailableError(self.name, "it is not configured any more")
+        way = self._way(url)
         return await self._session.request(
             method,
-            target,
-            headers={**headers, **self._authorization(url, target)},
+            yarl.URL(url, encoded=True),
+            headers={**headers, **way.headers},
             allow_redirects=False,
-            proxy=self._forward_proxy(target),
+            proxy=way.proxy,
         )
 
-    def _authorization(self, url: str, target: yarl.URL) -> dict[str, str]:
-        """Return who we are to whoever answers under a URL."""
+    def _way(self, url: str) -> _Way:
+        """Find out how to ask under a URL; nearly all are the upstream's own, which begin alike."""
+        return (
+            self._own_way
+            if url.startswith(self._own)
+            else self._way_to(yarl.URL(url, encoded=True))
+        )
+
+    def _way_to(self, target: yarl.URL) -> _Way:
         host = (target.host or "").lower()
-        is_own = url.startswith(self._own) or target.origin() == self._origin
-        authorization = self._credentials(host, is_own)
-        return {} if authorization is None else {"Authorization": authorization}
+        authorization = self._credentials(host, target.origin() == self._origin)
+        headers = {} if authorization is None else {"Authorization": authorization}
+        return _Way(headers, self._forward_proxy(target))
 
     def _forward_proxy(self, url: yarl.URL) -> str | None:
         """Return the proxy that the environment wants for a URL (``https_proxy``, ``no_proxy``, …)."""
@@ -329,6 +337,14 @@ class Upstream:
 
     def _slot(self, slots: Slots) -> _Slot:
         return _Slot(slots, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Who we are to whoever answers under a URL, and the forward proxy in between."""
+
+    headers: dict[str, str]
+    proxy: str | None
 
 
 class _Slot:
