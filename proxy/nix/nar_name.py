@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from proxy.errors import ParseError
-from proxy.nix.hashes import NIX32_ALPHABET, Hash
-from proxy.nix.store_path import HashPart, parse_hash_part
+from proxy.nix.hashes import NIX32_ALPHABET, Hash, nix32_decode
+from proxy.nix.store_path import HashPart
 
 EXTENSIONS: Final = {
     "none": "",
@@ -67,8 +67,8 @@ class NarName:
         if extension not in _COMPRESSIONS:
             raise ParseError("NAR name", f"unknown extension {extension[:20]!r}")
         return cls(
-            parse_hash_part(hash_part),
-            Hash.parse(f"sha256:{nar_hash}"),
+            HashPart(hash_part),
+            Hash("sha256", nix32_decode(nar_hash)),
             _COMPRESSIONS[extension],
         )
 

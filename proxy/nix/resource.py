@@ -77,7 +77,7 @@ _SIDE_FILES: tuple[tuple[re.Pattern[str], str], ...] = (
 
 _NARINFO = re.compile(r"([^/?]*)\.narinfo")
 _NAR = re.compile(r"nar/([^/?]+)")
-_OURS = re.compile(r"[0-9A-Za-z]{20,44}-[0-9A-Za-z]{40,64}\.nar(\.[0-9A-Za-z]+)?")
+_OURS = re.compile(r"nar/[0-9A-Za-z]{20,44}-[0-9A-Za-z]{40,64}\.nar(\.[0-9A-Za-z]+)?")
 _HASH_NAMED = re.compile(r"([0-9A-Za-z]{51,53}|[0-9A-Za-z]{63,65})\.nar(\.[0-9A-Za-z]+)?")
 _HASH = re.compile(r"([0-9abcdfghijklmnpqrsvwxyz]{52}|[0-9a-fA-F]{64})\.nar.*")
 _SAFE = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2})+(\?(?:[!-\"$-~])*)?")
@@ -109,14 +109,14 @@ def parse(target: str) -> Resource:
 
 
 def _parse_nar(path: str) -> Resource:
+    if _OURS.fullmatch(path):
+        return NarFile(_refuse_if_malformed(NarName.parse, path.removeprefix("nar/")))
     plain, _, _query = path.partition("?")
     if not _SAFE.fullmatch(path) or _SMUGGLED.search(plain):
         raise RequestError("the request target has characters that no NAR's URL has")
     if any(part in ("", ".", "..") for part in plain.split("/")):
         raise RequestError("the request target has empty or dotted parts")
     name = plain.removeprefix("nar/")
-    if path == plain and _OURS.fullmatch(name):
-        return NarFile(_refuse_if_malformed(NarName.parse, name))
     if _HASH_NAMED.fullmatch(name) and not _HASH.fullmatch(name):
         raise RequestError("the hash in the request target is malformed")
     return ForeignNar(path)
