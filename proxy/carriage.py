@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from proxy.asking import Asker, Question
 from proxy.errors import StoreError, TrustError, UpstreamBrokeOffError
 from proxy.places import Place, Readers
@@ -11,7 +9,7 @@ from proxy.supply import WHOLE
 from proxy.upstream.breaker import State
 
 
-def landing_for(place: Place, readers: Readers) -> Path | None:
+def landing_for(place: Place, readers: Readers) -> str | None:
     """Return where a file may be put by another process; None where it has to be read here.
 
     Whoever waits for more than a small file is to see it arrive. Where nobody does yet, one of many is put
@@ -34,7 +32,7 @@ def _may_be_whole(place: Place, readers: Readers) -> bool:
     return (place.promise.size or 0) <= WHOLE or not readers.are_waiting
 
 
-async def carry(asker: Asker, what: str, place: Place, readers: Readers, landing: Path) -> None:
+async def carry(asker: Asker, what: str, place: Place, readers: Readers, landing: str) -> None:
     """Have a NAR put somewhere, verified.
 
     A large one that breaks off is not held against its upstream, which did deliver: it is read next.

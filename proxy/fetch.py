@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 
 from proxy.errors import (
     ProxyError,
@@ -140,7 +139,7 @@ class Fetch:
         return self._incoming.is_read
 
     @property
-    def landing(self) -> Path | None:
+    def landing(self) -> str | None:
         """Where somebody else may put the whole file; None where that is no way to get it."""
         return self._incoming.landing
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from proxy.nix.hashes import Hash
@@ -89,7 +88,7 @@ class Readers(Protocol):
         ...
 
     @property
-    def landing(self) -> Path | None:
+    def landing(self) -> str | None:
         """Where the whole file may be put, if that is a way to get it."""
         ...
 

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from pathlib import Path
 from typing import TypeVar
 
 from proxy.asking import Question
@@ -342,14 +341,14 @@ class Supplier:
             self._observer(StoreFailed(what, str(error)))
 
 
-def _cargo(info: VerifiedNarInfo) -> Callable[[Path], Cargo] | None:
+def _cargo(info: VerifiedNarInfo) -> Callable[[str], Cargo] | None:
     """Say what a small NAR has to be, if that is all that it takes to judge it."""
     size, nar_size = info.file_size, info.nar_size
     small = size is not None and size < CARRIED and nar_size < UNPACKED
     if size is None or not small or info.compression not in READABLE:
         return None
     return lambda path: Cargo(
-        path=str(path),
+        path=path,
         size=size,
         compression=info.compression,
         nar_hash=info.nar_hash,

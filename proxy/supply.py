@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from proxy.errors import SizeMismatchError, TrustError
@@ -73,7 +72,7 @@ class Promise:
     verifier: Callable[[], Verifier]
     size: int | None
     publish: Callable[[Partial], Awaitable[None]] | None
-    cargo: Callable[[Path], Cargo] | None = None
+    cargo: Callable[[str], Cargo] | None = None
 
     def agreed_size(self, announced: int | None) -> int | None:
         """Take the upstream's word for the size, unless the narinfo's word is another.
@@ -114,7 +113,7 @@ class Supply(Protocol):
         """What the file has to be."""
         ...
 
-    async def carry(self) -> Path | None:
+    async def carry(self) -> str | None:
         """Have the whole file put somewhere, verified; None when it has to be read instead.
 
         Raises:

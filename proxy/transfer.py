@@ -17,7 +17,6 @@ import time
 from collections.abc import Collection
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from proxy.asking import Asker, Question
 from proxy.carriage import carry, landing_for
@@ -65,7 +64,7 @@ class Transfer:
         self._find = find
         self._asker = asker
         self._readers = readers
-        self._landing: Path | None = None
+        self._landing: str | None = None
         self._patience = Patience(time.monotonic())
         self._place: Place | None = None
         self._answer: _Answer | None = None
@@ -123,7 +122,7 @@ class Transfer:
         self.resumed = self.resumed and not self._restarted
         self._restarted = False
 
-    async def carry(self) -> Path | None:
+    async def carry(self) -> str | None:
         """Have the whole file put somewhere: `Supply.carry`. Once, and never from a second choice."""
         landing, self._landing = self._landing, None
         if landing is None:

@@ -246,7 +246,7 @@ def made(folder: Path, name: str, age: float = 0.0) -> Path:
     partial.close()
     moment = time.time() - age
     os.utime(partial.path, (moment, moment))
-    return partial.path
+    return Path(partial.path)
 
 
 def test_what_is_left_is_found(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_what_is_under_way_is_not_old(tmp_path: Path) -> None:
     leftovers = Leftovers(tmp_path)
     partial = leftovers.start("a", ORIGIN)
     leftovers.forget_old(time.time() + 2 * MAX_AGE)
-    assert partial.path.exists()
+    assert Path(partial.path).exists()
     partial.close()
 
 

@@ -14,6 +14,7 @@ from proxy.events import BreakerOpened, FetchEnded, Published, Rejected
 from proxy.porter.porter import MANY
 from proxy.prefetch import LookAhead
 from proxy.store.eviction import Limits
+from proxy.store.reader import is_there
 from proxy.supplier import CARRIED, UNPACKED
 from proxy.supply import WHOLE
 from tests.closures import COMPRESSIONS, SigningKey, StoreEntry, closure
@@ -126,7 +127,7 @@ async def test_it_is_carried(
     assert cache.gets(SMALL.nar_path) == 1
     assert [heading.status for heading in porter.headings] == [200]
     (publication,) = porter.publications
-    assert [rename.target.exists() for rename in publication.renames] == [True, True]
+    assert [is_there(rename.target) for rename in publication.renames] == [True, True]
     assert complete_paths(proxy.folder, [key]) == {SMALL.hash_part}
     assert proxy.partials == []
     assert [event.error for event in proxy.observed(FetchEnded)] == [None]

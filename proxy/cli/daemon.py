@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-from proxy import __version__
+from proxy import __version__, collector
 from proxy.cache import Cache
 from proxy.cli import assembly, systemd
 from proxy.cli.front import Front, Workers, one_process, setup
@@ -28,7 +28,6 @@ from proxy.metrics import Metrics
 from proxy.pins import FromUpstreams, Pins
 from proxy.porter.porter import Porter
 from proxy.prefetch import Prefetch
-from proxy.server import collector
 from proxy.server.listening import Address
 from proxy.store.eviction import Limits
 from proxy.store.folder import Store

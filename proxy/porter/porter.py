@@ -134,11 +134,8 @@ class Porter:
         number = next(self._numbers)
         self._last = self._loop.time()
         self._publishing[number] = done
-        renames = tuple(
-            (str(each.source), str(each.target), each.content) for each in publication.renames
-        )
-        superseded = tuple(map(str, publication.superseded))
-        self._send(Publish(number, renames, publication.origin, superseded))
+        renames = tuple((each.source, each.target, each.content) for each in publication.renames)
+        self._send(Publish(number, renames, publication.origin, publication.superseded))
         return True
 
     async def aclose(self) -> None:

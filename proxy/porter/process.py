@@ -14,12 +14,12 @@ import socket
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Final
 
 import aiohttp
 import yarl
 
+from proxy import collector
 from proxy.channel import Channel, Outbox
 from proxy.errors import (
     ProxyError,
@@ -102,11 +102,8 @@ class Process:
                     self._outcomes.put(Pong())
 
     def _publish(self, task: Publish) -> None:
-        renames = tuple(
-            Rename(Path(source), Path(target), content) for source, target, content in task.renames
-        )
-        superseded = tuple(map(Path, task.superseded))
-        publication = Publication(renames, origin=task.origin, superseded=superseded)
+        renames = tuple(Rename(*each) for each in task.renames)
+        publication = Publication(renames, origin=task.origin, superseded=task.superseded)
         done = self._publisher.submit(publication)
         done.add_done_callback(
             lambda done: self._loop.call_soon_threadsafe(
@@ -158,7 +155,7 @@ class Process:
         finally:
             response.release()
 
-    async def _keep(self, data: bytes, cargo: Cargo) -> None:
+    async def _keep(self, data: bytearray, cargo: Cargo) -> None:
         """Verify a file, and write it: `_keep`."""
         if cargo.nar_size < LONG:
             _keep(data, cargo)
@@ -168,7 +165,7 @@ class Process:
                 await asyncio.shield(job)
             except asyncio.CancelledError:
                 await asyncio.gather(job, return_exceptions=True)
-                Partial.closed(Path(cargo.path), len(data)).discard()  # nobody waits for it now
+                Partial.closed(cargo.path, len(data)).discard()  # nobody waits for it now
                 raise
 
     def _session(self, order: Order) -> aiohttp.ClientSession:
@@ -183,7 +180,7 @@ class Process:
         return self._sessions[key]
 
 
-async def _whole(response: aiohttp.ClientResponse, upstream: str, size: int) -> bytes:
+async def _whole(response: aiohttp.ClientResponse, upstream: str, size: int) -> bytearray:
     """Read a body that has to have ``size`` bytes.
 
     Raises:
@@ -194,24 +191,25 @@ async def _whole(response: aiohttp.ClientResponse, upstream: str, size: int) -> 
     announced = response.content_length
     if announced not in (None, size):
         raise SizeMismatchError(f"the upstream announces {announced} bytes, the narinfo {size}")
-    data = bytearray()
+    data, end = bytearray(size), 0
     try:
         with translated(upstream):
-            async for piece in response.content.iter_any():
-                data += piece
-                if len(data) > size:
+            while piece := await response.content.readany():
+                begin, end = end, end + len(piece)
+                if end > size:
                     raise SizeMismatchError(f"FileSize: more than the {size} bytes promised")
-        if len(data) < size:
+                data[begin:end] = piece
+        if end < size:
             raise UpstreamUnavailableError(upstream, "the answer ends too early")
     except UpstreamError as error:
-        if not data:
+        if end == 0:
             raise
-        if len(data) < size:  # else it was cut behind the last byte
+        if end < size:  # else it was cut behind the last byte
             raise UpstreamBrokeOffError(upstream, error.reason) from error
-    return bytes(data)
+    return data
 
 
-def _keep(data: bytes, cargo: Cargo) -> None:
+def _keep(data: bytearray, cargo: Cargo) -> None:
     """Verify a file, and write it.
 
     Raises:
@@ -225,9 +223,9 @@ def _keep(data: bytes, cargo: Cargo) -> None:
         file_hash=cargo.file_hash,
         file_size=cargo.size,
     )
-    verifier.feed(data)
+    verifier.feed(memoryview(data))
     verifier.finish()
-    file = Partial(Path(cargo.path))
+    file = Partial(cargo.path)
     try:
         file.append(data)
     except BaseException:
@@ -244,6 +242,8 @@ def main() -> None:
     daemon = socket.socket(fileno=int(sys.argv[1]))
 
     async def run() -> None:
-        await Process(daemon).run()
+        process = Process(daemon)
+        collector.settle()
+        await process.run()
 
     asyncio.run(run())

@@ -53,7 +53,7 @@ def unreadable(what: str, error: OSError) -> StoreError:
     return kind(f"{what}: {error.strerror or error}")
 
 
-def flush(path: Path) -> None:
+def flush(path: str | Path) -> None:
     """Wait until a file, or the names in a folder, have reached the disk.
 
     Raises:
@@ -108,13 +108,13 @@ class OpenFile:
         self.size = size
 
     @classmethod
-    def at(cls, path: Path) -> Self | None:
+    def at(cls, path: str | Path) -> Self | None:
         """Open ``path``, or return None when there is no such file.
 
         Raises:
             StoreError: Something other than absence.
         """
-        with reading(f"cannot read {path.name}"):
+        with reading(f"cannot read {os.path.basename(path)}"):
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
@@ -246,8 +246,8 @@ class Partial:
 
     __slots__ = ("_fd", "note", "path", "size")
 
-    def __init__(self, path: Path, note: Path | None = None, *, resume: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: str | Path, note: Path | None = None, *, resume: bool = False) -> None:
+        self.path = os.fspath(path)
         self.note = note
         self.size = 0
         mode = 0 if resume else os.O_CREAT | os.O_EXCL
@@ -258,13 +258,13 @@ class Partial:
         _claim(self._fd)
 
     @classmethod
-    def closed(cls, path: Path, size: int) -> Self:
+    def closed(cls, path: str, size: int) -> Self:
         """Stand for a file that is complete, to be published or discarded."""
         partial = cls.__new__(cls)
         partial.path, partial.size, partial.note, partial._fd = path, size, None, -1  # noqa: SLF001
         return partial
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes | bytearray) -> None:
         """Write all of ``data`` behind what is there.
 
         Raises:
@@ -314,7 +314,7 @@ class Partial:
         self.close()
         self.drop_note()
         with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+            os.unlink(self.path)
 
     def drop_note(self) -> None:
         """Remove the note; the file cannot be left any more."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -243,9 +244,9 @@ class Store(StoreReader):
         Raises:
             StoreError: The disk failed; nothing has its final name that is not complete.
         """
-        nar = self.layout.nar(name)
+        nar = self.layout.nar_name(name)
         renames = (Rename(partial.path, nar), self._described(name, narinfo))
-        superseded = (self.layout.remembered_narinfo(origin, name.hash_part),)
+        superseded = (self.layout.remembered_narinfo_name(origin, name.hash_part),)
         try:
             await self._publish(Publication(renames, origin=origin, superseded=superseded))
             self._remembered.supersede(origin, name.hash_part)
@@ -259,7 +260,7 @@ class Store(StoreReader):
         Raises:
             StoreError: The disk failed.
         """
-        superseded = (self.layout.remembered_narinfo(origin, name.hash_part),)
+        superseded = (self.layout.remembered_narinfo_name(origin, name.hash_part),)
         renames = (self._described(name, narinfo),)
         await self._publish(Publication(renames, origin=origin, superseded=superseded))
         self._remembered.supersede(origin, name.hash_part)
@@ -278,7 +279,8 @@ class Store(StoreReader):
         except StoreError:
             partial.discard()
             raise
-        await self._publish(Publication(renames=(Rename(partial.path, target),), origin=origin))
+        renames = (Rename(partial.path, str(target)),)
+        await self._publish(Publication(renames, origin=origin))
 
     async def _publish(self, publication: Publication) -> None:
         published = asyncio.wrap_future(self._publisher.submit(publication))
@@ -289,7 +291,7 @@ class Store(StoreReader):
     def _tell_published(self, publication: Publication, published: asyncio.Future[None]) -> None:
         if not published.cancelled() and published.exception() is None:
             target = publication.renames[0].target
-            self._observer(Published(target.name, publication.origin))
+            self._observer(Published(os.path.basename(target), publication.origin))
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -312,12 +314,12 @@ class Store(StoreReader):
     def _on_published(self, publication: Publication) -> None:
         """Called on the publisher's thread, or on the event loop."""
         first = publication.renames[0].target
-        there = first.suffix != ".narinfo" or has_nar(self.layout, first)
+        there = not first.endswith(".narinfo") or has_nar(self.layout, first)
         for rename in publication.renames:
             self._quarantine.replaced(rename.target)
             if not there:  # evicted while it was published: its narinfo leads to nothing
                 with contextlib.suppress(OSError):
-                    rename.target.unlink()
+                    os.unlink(rename.target)
                     self.index.removed(rename.target)
             there = self.index.added(rename.target, publication.origin)
 
@@ -356,4 +358,4 @@ class Store(StoreReader):
 
     def _described(self, name: NarName, narinfo: bytes) -> Rename:
         """Say that a NAR's narinfo is to be written."""
-        return Rename(self._ground.new_path(), self.layout.narinfo(name.hash_part), narinfo)
+        return Rename(self._ground.new_path(), self.layout.narinfo_name(name.hash_part), narinfo)

@@ -32,6 +32,7 @@ class Ground:
     def __init__(self, layout: Layout, cache_info: CacheInfo) -> None:
         self._layout = layout
         self._cache_info = cache_info.format()
+        self._prefix = f"{layout.partials}/{os.getpid()}-"
         self._numbers = itertools.count()
         self.leftovers = Leftovers(layout.partials)
         """The downloads that were left unfinished."""
@@ -73,9 +74,9 @@ class Ground:
             with disk("cannot write nix-cache-info"):
                 self._write_cache_info()
 
-    def new_path(self) -> Path:
+    def new_path(self) -> str:
         """Name a partial file, as no other process of ours does that may still be ending."""
-        return self._layout.partials / f"{os.getpid()}-{next(self._numbers)}"
+        return f"{self._prefix}{next(self._numbers)}"
 
     def partial(self) -> Partial:
         """Start a file that can be published later.
@@ -97,7 +98,7 @@ class Ground:
             partial.append(content)
             if durable:
                 partial.flush()
-            partial.path.replace(path)
+            os.replace(partial.path, path)
             if durable:
                 flush(path.parent)
         finally:

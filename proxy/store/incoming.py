@@ -17,7 +17,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from proxy.errors import StoreError
@@ -81,7 +80,7 @@ class Incoming:
         start: Callable[[], Partial] | None,
         on_failure: Callable[[StoreError], None],
         lasting: Lasting | None = None,
-        new_path: Callable[[], Path] | None = None,
+        new_path: Callable[[], str] | None = None,
     ) -> None:
         self.size = 0
         """Bytes that have arrived."""
@@ -159,13 +158,13 @@ class Incoming:
         self.size += len(data)
 
     @property
-    def landing(self) -> Path | None:
+    def landing(self) -> str | None:
         """Where somebody else may put the whole file, for `adopt`; None where that is no way to get it."""
         if self._start is None or self._partial is not None or self._new_path is None:
             return None
         return self._new_path()
 
-    def adopt(self, path: Path) -> None:
+    def adopt(self, path: str) -> None:
         """Take the whole file from where somebody else has put it.
 
         Raises:

@@ -149,11 +149,11 @@ class Index:
         """Block until the index is known to agree with the folder; False when time ran out first."""
         return self._scanned.wait(timeout)
 
-    def added(self, path: Path, origin: str) -> bool:
+    def added(self, path: str | Path, origin: str) -> bool:
         """Note that a file has its final name now; False when it is gone again. From any thread."""
         evictions = self._room.evictions
         try:
-            size = disk_usage(path.stat())
+            size = disk_usage(os.stat(path))
         except OSError:
             return False
         with self._adding:
@@ -161,7 +161,7 @@ class Index:
         self._notes.put(_Added(self._name(path), size, origin, evictions))
         return True
 
-    def removed(self, path: Path) -> None:
+    def removed(self, path: str | Path) -> None:
         """Note that a file has been taken away. Called from any thread."""
         self._notes.put(_Removed(self._name(path)))
 
@@ -263,7 +263,7 @@ class Index:
             if not self._scanned.is_set():
                 self._scan_slice(database, found)
             self._write(database, self._gather())
-            if not os.path.exists(self._layout.lock):  # noqa: PTH110  # whatever the disk says of it
+            if not os.path.exists(self._layout.lock):  # whatever the disk says of it
                 self._on_vanished()
             if self._scanned.is_set():
                 self._answer(database)

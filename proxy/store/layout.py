@@ -49,7 +49,7 @@ class Layout:
 
     def nar(self, name: NarName) -> Path:
         """A NAR under its final name."""
-        return self.nars / str(name)
+        return Path(self.nar_name(name))
 
     def nar_name(self, name: NarName) -> str:
         """The same as a text, for whoever is in a hurry."""

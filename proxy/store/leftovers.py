@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -138,7 +139,7 @@ class Leftovers:
 
     def left(self, partial: Partial) -> None:
         """Take note of a download that is left."""
-        self._names.add(partial.path.name.removesuffix(DATA))
+        self._names.add(os.path.basename(partial.path).removesuffix(DATA))
         if len(self._names) > MOST:
             self.forget_old()
 

@@ -18,7 +18,7 @@ _NAME: Final = re.compile(rb"[a-z0-9_-]{1,64}")
 """What can be the name of an upstream, and a header: anybody may have written to the folder."""
 
 
-def label(path: Path, origin: str) -> None:
+def label(path: str | Path, origin: str) -> None:
     """Write down which upstream a file is from, if that is possible."""
     with contextlib.suppress(OSError):
         os.setxattr(path, ATTRIBUTE, origin.encode())

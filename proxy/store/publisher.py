@@ -19,13 +19,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from proxy.errors import StoreError
@@ -46,11 +46,12 @@ FLUSHERS = 8
 class Rename:
     """A file and the name that it shall have.
 
+    Names are texts: a closure is thousands of them, and a `Path` of each takes as long as to rename it.
     ``content`` is what is to be written to the new file ``source``; None when that is complete already.
     """
 
-    source: Path
-    target: Path
+    source: str
+    target: str
     content: bytes | None = None
 
 
@@ -63,7 +64,7 @@ class Publication:
 
     renames: tuple[Rename, ...]
     origin: str
-    superseded: tuple[Path, ...] = ()
+    superseded: tuple[str, ...] = ()
     done: Future[None] = field(default_factory=Future)
     """Resolves when everything is on the disk; fails with `StoreError`."""
 
@@ -152,7 +153,7 @@ class Publisher:
             )
         for item in batch:
             for path in item.superseded:
-                _failure_of(path.unlink)
+                _failure_of(os.unlink, path)
             self._on_published(item)
             item.done.set_result(None)
 
@@ -166,8 +167,8 @@ class Publisher:
                 survivors.append(item)
                 continue
             for rename in item.renames:
-                _failure_of(rename.source.unlink)
-            name = item.renames[0].target.name
+                _failure_of(os.unlink, rename.source)
+            name = os.path.basename(item.renames[0].target)
             item.done.set_exception(StoreError(f"cannot keep {name}: {error}"))
         return survivors
 
@@ -206,8 +207,8 @@ def _rename(item: Publication, stage: int) -> OSError | StoreError | None:
     if stage >= len(item.renames):
         return None
     rename = item.renames[stage]
-    return _failure_of(rename.source.replace, rename.target)
+    return _failure_of(os.replace, rename.source, rename.target)
 
 
-def _folder(item: Publication, stage: int) -> Path | None:
-    return item.renames[stage].target.parent if stage < len(item.renames) else None
+def _folder(item: Publication, stage: int) -> str | None:
+    return os.path.dirname(item.renames[stage].target) if stage < len(item.renames) else None

@@ -34,9 +34,10 @@ class Quarantine:
     def __contains__(self, path: str | Path) -> bool:
         return bool(self._condemned) and Path(path) in self._condemned  # to hash it takes a while
 
-    def replaced(self, path: Path) -> None:
+    def replaced(self, path: str) -> None:
         """There is another file under that name now."""
-        self._condemned.discard(path)
+        if self._condemned:
+            self._condemned.discard(Path(path))
 
     def take(self, narinfo: Path, nar: Path | None) -> None:
         """Move a narinfo, or a NAR and the narinfo that leads to it; any of them may be gone already.

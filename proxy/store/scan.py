@@ -51,7 +51,7 @@ def scan(layout: Layout) -> Iterator[Found]:
         path = f"{layout.root}/{name}"
         if name.endswith(NARINFO_SUFFIX) and not has_nar(layout, path):
             with contextlib.suppress(OSError):
-                os.unlink(path)  # noqa: PTH108  # a Path for each of a million files takes longer than this
+                os.unlink(path)  # a Path for each of a million files takes longer than this
         elif name.endswith((NARINFO_SUFFIX, ".ls")):
             yield from _found(layout, name)
     yield from _below(layout, "nar")
@@ -187,7 +187,7 @@ def _found(layout: Layout, name: str) -> Iterator[Found]:
     # A name that is not UTF-8 is not one of ours, and no database holds it.
     with contextlib.suppress(FileNotFoundError, UnicodeEncodeError):
         name.encode()
-        status = os.stat(f"{layout.root}/{name}", follow_symlinks=False)  # noqa: PTH116  # see scan
+        status = os.stat(f"{layout.root}/{name}", follow_symlinks=False)  # see scan
         yield Found(name, disk_usage(status), int(status.st_mtime))
 
 
@@ -197,7 +197,7 @@ def nar_of(narinfo: str | Path) -> str | None:
     Raises:
         OSError: It cannot be read.
     """
-    with open(narinfo, "rb", buffering=0) as file:  # noqa: PTH123  # see scan
+    with open(narinfo, "rb", buffering=0) as file:  # see scan
         url = _URL.search(file.read())
     return None if url is None else os.fsdecode(url[1])
 
@@ -208,4 +208,4 @@ def has_nar(layout: Layout, narinfo: str | Path) -> bool:
         nar = nar_of(narinfo)
     except OSError:
         return True  # unreadable is not the same as useless
-    return nar is not None and os.path.isfile(f"{layout.root}/{nar}")  # noqa: PTH113  # see scan
+    return nar is not None and os.path.isfile(f"{layout.root}/{nar}")  # see scan

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from proxy import collector
 from proxy.channel import NONE
 from proxy.events import Event, Fault
 from proxy.nix.cache_info import CacheInfo
 from proxy.nix.signature import Keyring, PublicKey
 from proxy.nix.store_path import HashPart
-from proxy.server import collector
 from proxy.server.app import Server
 from proxy.server.listening import listening
 from proxy.server.page import Facts

@@ -79,18 +79,14 @@ class HeldPublisher:
     def nar(self, name: str) -> Publication:
         """Write a NAR and a narinfo that can be published."""
         renames = (
-            Rename(self.partials / f"{name}.nar", self.nars / f"{name}.nar"),
-            Rename(self.partials / f"{name}.narinfo", self.root / f"{name}.narinfo"),
+            _rename(self.partials / f"{name}.nar", self.nars),
+            _rename(self.partials / f"{name}.narinfo", self.root),
         )
-        for rename in renames:
-            rename.source.write_text(rename.source.name)
         return Publication(renames, origin="up0")
 
     def file(self, name: str) -> Publication:
         """Write a file that can be published."""
-        rename = Rename(self.partials / name, self.root / name)
-        rename.source.write_text(name)
-        return Publication((rename,), origin="up0")
+        return Publication((_rename(self.partials / name, self.root),), origin="up0")
 
     def submit(self, *publications: Publication) -> None:
         """Queue some."""
@@ -121,10 +117,16 @@ class HeldPublisher:
         self.publisher.close()
 
 
+def _rename(source: Path, folder: Path) -> Rename:
+    """Write a file, whose content is its name, that is to go to a folder."""
+    source.write_text(source.name)
+    return Rename(str(source), str(folder / source.name))
+
+
 def failures(*publications: Publication) -> dict[str, str]:
     """Return what became of those that were not published: the name, and why."""
     return {
-        each.renames[0].target.name: str(error)
+        Path(each.renames[0].target).name: str(error)
         for each in publications
         if (error := each.done.exception(PATIENCE)) is not None
     }

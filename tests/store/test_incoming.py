@@ -47,7 +47,7 @@ class _Limited(Partial):
         super().__init__(path)
         self._room = room
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes | bytearray) -> None:
         if self.size + len(data) > self._room:
             os.write(self._fd, data[: self._room - self.size])
             raise StoreError("cannot write: No space left on device")
@@ -86,7 +86,7 @@ def test_a_disk_that_takes_all(tmp_path: Path) -> None:
             incoming.append(CONTENT[start : start + PIECE])
             assert not incoming.crowded
         assert _read(cursor, 0, len(CONTENT)) == CONTENT
-    assert (incoming.kept and incoming.kept.path.read_bytes()) == CONTENT
+    assert (incoming.kept and Path(incoming.kept.path).read_bytes()) == CONTENT
     incoming.discard()
     assert (disk.failures, list(tmp_path.iterdir())) == ([], [])
 

@@ -133,32 +133,32 @@ def _names(folder: Path) -> set[str]:
 
 def _without_source(held: HeldPublisher) -> Publication:
     publication = held.nar("bad")
-    publication.renames[0].source.unlink()
+    Path(publication.renames[0].source).unlink()
     return publication
 
 
 def _without_narinfo(held: HeldPublisher) -> Publication:
     publication = held.nar("bad")
-    publication.renames[1].source.unlink()
+    Path(publication.renames[1].source).unlink()
     return publication
 
 
 def _without_folder(held: HeldPublisher) -> Publication:
     publication = held.nar("bad")
     nar, narinfo = publication.renames
-    return replace(publication, renames=(Rename(nar.source, held.root / "no" / "bad"), narinfo))
+    return replace(publication, renames=(Rename(nar.source, f"{held.root}/no/bad"), narinfo))
 
 
 def _below_a_file(held: HeldPublisher) -> Publication:
     publication = held.nar("bad")
     nar, narinfo = publication.renames
     below = held.root / "first" / "bad"
-    return replace(publication, renames=(Rename(nar.source, below), narinfo))
+    return replace(publication, renames=(Rename(nar.source, str(below)), narinfo))
 
 
 def _onto_a_folder(held: HeldPublisher) -> Publication:
     publication = held.nar("bad")
-    (publication.renames[0].target / "occupied").mkdir(parents=True)
+    Path(publication.renames[0].target, "occupied").mkdir(parents=True)
     return publication
 
 
@@ -188,7 +188,7 @@ def test_narinfo_that_cannot_be_named(tmp_path: Path) -> None:
     """A NAR whose narinfo finds its name taken is reported as failed, and nothing is left behind."""
     with HeldPublisher(tmp_path) as held:
         bad, good = held.nar("bad"), held.nar("good")
-        bad.renames[1].target.mkdir()
+        Path(bad.renames[1].target).mkdir()
         held.publish(bad, good)
 
     assert set(failures(bad, good)) == {"bad.nar"}
@@ -205,8 +205,8 @@ def test_superseded_files_go_after_success_only(tmp_path: Path) -> None:
         old = {name: tmp_path / name for name in ("good", "bad")}
         for path in old.values():
             path.touch()
-        good = replace(held.nar("good"), superseded=(old["good"],))
-        bad = replace(_without_source(held), superseded=(old["bad"],))
+        good = replace(held.nar("good"), superseded=(str(old["good"]),))
+        bad = replace(_without_source(held), superseded=(str(old["bad"]),))
         held.publish(good, bad)
 
     assert (old["good"].exists(), old["bad"].exists()) == (False, True)
@@ -232,18 +232,15 @@ def test_the_latest_of_equal_names_wins(tmp_path: Path) -> None:
         first = held.nar("same")
         second = replace(
             first,
-            renames=tuple(
-                Rename(held.partials / f"again-{each.source.name}", each.target)
-                for each in first.renames
-            ),
+            renames=tuple(Rename(f"{each.source}-again", each.target) for each in first.renames),
             done=type(first.done)(),
         )
         for each in second.renames:
-            each.source.write_text("second")
+            Path(each.source).write_text("second")
         held.publish(first, second)
 
     assert failures(first, second) == {}
-    assert [each.target.read_text() for each in second.renames] == ["second", "second"]
+    assert [Path(each.target).read_text() for each in second.renames] == ["second", "second"]
 
 
 async def test_cancelled_waiter(tmp_path: Path) -> None:
