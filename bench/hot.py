@@ -27,6 +27,10 @@ CONFIG = '[policy]\nnegative_ttl = "1h"'
 """What nginx is told, too: nothing expires while it is measured."""
 
 
+WORKERS = 2
+"""Where more than one is measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A kind of work.
@@ -238,14 +242,18 @@ def _measure(folder: Path, options: argparse.Namespace) -> tuple[list[Comparison
         ]
         if options.row not in works.of_two_workers().name:
             return comparisons, []
+        if len(cores.servers) < WORKERS:
+            return comparisons, [
+                f"{WORKERS} workers were not measured: they need a core each, and their load as many."
+            ]
         try:
             two = run(
                 servers.our_proxy(
                     folder / "two",
                     upstream,
                     name="two workers",
-                    workers=2,
-                    cores=cores.servers[:2],
+                    workers=WORKERS,
+                    cores=cores.servers[:WORKERS],
                     config=CONFIG,
                 )
             )
