@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import selectors
 import signal
 import socket
 import sys
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -58,6 +60,23 @@ JUDGES: Final = 2
 
 LONG: Final = 2**20
 """Bytes of such a NAR, unpacked; a smaller one takes less time than to wake a thread."""
+
+
+LULL: Final = 0.002
+"""Seconds between two looks at what has come. Dozens of files arrive at once, all in small pieces, and
+several of them at a time are less work. To an upstream and back takes much longer."""
+
+
+class Unhurried(selectors.EpollSelector):
+    """Says what has happened to sockets, but not sooner than `LULL` after it has done so."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait, first for company: `selectors.BaseSelector.select`."""
+        if timeout is not None and timeout <= LULL:
+            time.sleep(max(0.0, timeout))
+            return super().select(0)
+        time.sleep(LULL)
+        return super().select(timeout if timeout is None else timeout - LULL)
 
 
 class Process:
@@ -246,4 +265,5 @@ def main() -> None:
         collector.settle()
         await process.run()
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(Unhurried())) as runner:
+        runner.run(run())
