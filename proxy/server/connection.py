@@ -20,14 +20,15 @@ That is safe because the transport of an idle connection has nothing left to wri
 take at once is left to the transport. After a few of them in a row the socket is also read past the transport
 (`proxy.server.hot_connections`), until something else comes.
 
-This needs to look into aiohttp's `RequestHandler`. `missing_slots` tells when what it looks at is not there
-(any more); the fast lane then stays closed.
+This needs to look into aiohttp's `RequestHandler`. Where what it looks at is not there (any more), the fast
+lane stays closed (`proxy.server.aiohttp_slots`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -42,7 +43,7 @@ from proxy.server.hot_connections import HotConnections
 from proxy.server.outflow import Outflow
 from proxy.server.plain import is_plain
 from proxy.server.same_host import spare_pacing
-from proxy.server.sending import send
+from proxy.server.sending import Answer
 
 KEEPALIVE: Final = 120.0
 """Seconds that an idle connection is kept: longer than Nix keeps it (curl: 118 s), so that Nix never
@@ -72,19 +73,6 @@ DISK_TURNS: Final = 20
 
 REGULAR: Final = 4
 """Hot requests in a row that make a connection a hot one: to and fro takes as long as a few of them gain."""
-
-_SLOTS: Final = (
-    "_close",
-    "_force_close",
-    "_messages",
-    "_loop",
-    "_next_keepalive_close_time",
-    "_paused",
-    "_request_in_progress",
-    "_upgraded",
-    "_waiter",
-)
-"""What is looked at of `web.RequestHandler` and its bases."""
 
 
 class Server(web.Server):
@@ -247,8 +235,6 @@ class Connection(web.RequestHandler):
     def answer(self, data: bytes, now: float) -> bool:
         """Answer a piece of data at once, if it is nothing but a hot request and nothing is under way.
 
-        Every line in here is one that all hot requests pay for.
-
         Args:
             data: What has come.
             now: The time, by the event loop.
@@ -257,28 +243,44 @@ class Connection(web.RequestHandler):
             Whether it is answered.
         """
         waiter = self._waiter
-        if (
-            waiter is None
-            or waiter.done()
-            or self._messages
-            or self._paused
-            or self._close
-            or self._force_close
-        ):
+        if waiter is None or waiter.done() or self._messages:
             return False
+        answer = self.find(data)
+        if answer is None:
+            return False
+        self.give(answer, now)
+        return True
+
+    def find(self, data: bytes) -> Answer | None:
+        """Find the answer to a piece of data on a connection where nothing is under way.
+
+        It is to be given in this turn of the event loop. Every line in here, and in `give`, is one that all
+        hot requests pay for.
+        """
+        if self._paused or self._close or self._force_close:
+            return None
         look_up = self._requests.get(data) or self._read(data)
-        found = None if look_up is None else look_up(self)
-        if found is None:
-            return False
+        return None if look_up is None else look_up(self)
+
+    def give(self, answer: Answer, now: float) -> None:
+        """Send an answer: to the socket, and what that does not take to the transport."""
         self._next_keepalive_close_time = now + KEEPALIVE
-        try:
-            rest = send(self._socket, found)
-        except OSError:
-            self.fail()  # and never let the client take it for the whole
-            return True
+        if isinstance(answer, bytearray):
+            try:
+                sent = os.write(self._socket, answer)
+            except OSError:
+                sent = 0  # the transport will find the same, and knows what to do
+            if sent == len(answer):
+                return
+            rest = bytes(answer[sent:])
+        else:
+            try:
+                rest = answer.send(self._socket)
+            except OSError:
+                self.fail()  # and never let the client take it for the whole
+                return
         if rest and self.transport is not None:
             self.transport.write(rest)
-        return True
 
     def take_back(self, data: bytes) -> None:
         """Wait for a moment if the disk was asked, else leave what came to aiohttp."""
@@ -392,9 +394,3 @@ def _plain_socket(transport: asyncio.BaseTransport) -> int:
     if socket is None or transport.get_extra_info("sslcontext") is not None:
         return -1
     return int(socket.fileno())
-
-
-def missing_slots() -> list[str]:
-    """Return what this module looks at in aiohttp and that is not there."""
-    slots = {slot for kind in web.RequestHandler.__mro__ for slot in getattr(kind, "__slots__", ())}
-    return [slot for slot in _SLOTS if slot not in slots]

@@ -27,8 +27,8 @@ from proxy.nix.store_path import HASH_PART, HashPart
 from proxy.recent import Recent
 from proxy.server.backend import Audience, Cache, HotNarinfo
 from proxy.server.headers import NAR_TYPE, error_headers, file_headers, narinfo_headers, tail
-from proxy.server.sending import FileAnswer
-from proxy.server.shared import OFTEN, SharedAnswer, SharedAnswers
+from proxy.server.sending import Answer, FileAnswer
+from proxy.server.shared import OFTEN, SharedAnswers
 from proxy.store.files import OpenFile
 
 
@@ -42,9 +42,9 @@ class Asker(Protocol):
     """Whether the look-ahead has been told on this connection that its client asks for NARs."""
 
 
-Lookup = Callable[[Asker], bytearray | SharedAnswer | FileAnswer | None]
+Lookup = Callable[[Asker], Answer | None]
 """Looks up what a request asked for; None where this lane has no answer. What it returns is to be sent before
-anything else is looked up: the date in it is brought up to date in place, and files of answers are closed."""
+the event loop turns: the date in it is brought up to date in place, and files of answers are closed."""
 
 LARGEST_NAR: Final = 2**20
 """Bytes up to which a NAR is answered here: what others wait for meanwhile, and what a slow client leaves to
@@ -114,7 +114,7 @@ class _Nar:
         self.name = name
         self.count = count
         self.whole = whole
-        self.answer: bytearray | SharedAnswer | FileAnswer = whole
+        self.answer: Answer = whole
         """What is sent: all of it, in this second perhaps from a file."""
         self.answered_in = -1.0
         self.requests = 0
@@ -134,7 +134,7 @@ class _NarRequest:
         self._name = name
         self._asked = -SOON
 
-    def answer(self, asker: Asker) -> bytearray | SharedAnswer | FileAnswer | None:
+    def answer(self, asker: Asker) -> Answer | None:
         """Return the answer. Every line in here is one that all hits pay for."""
         lane = self._lane
         if not lane.open or lane.held >= MOST_HELD:

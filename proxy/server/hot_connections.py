@@ -18,6 +18,8 @@ import select
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from proxy.server.sending import Answer
+
 AT_ONCE: Final = 64
 """Requests answered in one turn of the event loop: about half a millisecond."""
 
@@ -28,8 +30,11 @@ PIECE: Final = 1_024
 class HotConnection(Protocol):
     """What is needed of `proxy.server.connection.Connection`."""
 
-    def answer(self, data: bytes, now: float) -> bool:
-        """Answer a piece of data at once if that is possible, and tell whether it was."""
+    def find(self, data: bytes) -> Answer | None:
+        """Find the answer to a piece of data, if there is one at once."""
+
+    def give(self, answer: Answer, now: float) -> None:
+        """Send an answer."""
 
     def fail(self) -> None:
         """End: there is a fault of ours."""
@@ -77,20 +82,34 @@ class HotConnections:
         self._epoll.close()
 
     def _answer(self) -> None:
-        """Answer what has come. What all requests can share is done once: clocks are read, changes seen."""
+        """Answer what has come. What all requests can share is done once: clocks are read, changes seen.
+
+        Answers in memory are all found before any of them is sent: a client that gets one after the other,
+        without time to fall asleep in between, need not be woken for each.
+        """
         self._begin()
+        found: list[tuple[HotConnection, Answer]] = []
         now = self._loop.time()
-        for socket, _ in self._epoll.poll(0, AT_ONCE):
-            connection = self._connections.get(socket)
-            if connection is None:
-                continue  # one before it has ended it
-            try:
-                data = os.read(socket, PIECE)
-            except OSError:
-                data = b""  # the transport will find the same, and knows what to do
-            try:
-                if not connection.answer(data, now):
-                    connection.take_back(data)
-            except BaseException:
-                connection.fail()  # as a transport would: its client waits for an answer
-                raise
+        try:
+            for socket, _ in self._epoll.poll(0, AT_ONCE):
+                connection = self._connections.get(socket)
+                if connection is None:
+                    continue  # one before it has ended it
+                try:
+                    data = os.read(socket, PIECE)
+                except OSError:
+                    data = b""  # the transport will find the same, and knows what to do
+                try:
+                    answer = connection.find(data)
+                    if answer is None:
+                        connection.take_back(data)
+                    elif isinstance(answer, bytearray):
+                        found.append((connection, answer))
+                    else:
+                        connection.give(answer, now)
+                except BaseException:
+                    connection.fail()  # as a transport would: its client waits for an answer
+                    raise
+        finally:
+            for connection, answer in found:
+                connection.give(answer, now)

@@ -15,9 +15,9 @@ from aiohttp import web
 
 from proxy.errors import ListenError
 from proxy.events import FastlaneClosed
+from proxy.server.aiohttp_slots import missing_slots
 from proxy.server.app import Server
 from proxy.server.connection import Server as ConnectionServer
-from proxy.server.connection import missing_slots
 from proxy.server.fastlane import FastLane
 from proxy.server.same_host import spare_clients_pacing
 

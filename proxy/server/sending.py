@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import TypeAlias
 
 from proxy.server.shared import SharedAnswer
 from proxy.store.files import OpenFile
@@ -24,7 +25,12 @@ class FileAnswer:
         self._file = file
 
     def send(self, socket: int) -> bytes:
-        """Send it, and return what the socket did not take: `send`."""
+        """Send it, and return what the socket did not take.
+
+        Raises:
+            OSError: It cannot be completed, because its file cannot be read; what is wrong with a socket its
+                transport finds out.
+        """
         with self._file as file:
             head, sent = bytes(self._head), 0
             try:
@@ -41,17 +47,5 @@ class FileAnswer:
             return head + rest
 
 
-def send(socket: int, answer: bytearray | SharedAnswer | FileAnswer) -> bytes:
-    """Send an answer to a socket that has nothing else to send, and return what it did not take.
-
-    Raises:
-        OSError: It cannot be completed, because its file cannot be read; what is wrong with a socket its
-            transport finds out.
-    """
-    if not isinstance(answer, bytearray):
-        return answer.send(socket)
-    try:
-        sent = os.write(socket, answer)
-    except OSError:
-        return bytes(answer)
-    return b"" if sent == len(answer) else bytes(answer[sent:])
+Answer: TypeAlias = bytearray | SharedAnswer | FileAnswer
+"""What the fast lane has found; memory, unless the kernel can take it from a file."""

@@ -41,7 +41,7 @@ class SharedAnswer:
         """The descriptor; -1 once it is closed, so that nothing is sent from another's."""
 
     def send(self, socket: int) -> bytes:
-        """Send it, and return what the socket did not take: `proxy.server.sending.send`."""
+        """Send it, and return what the socket did not take."""
         whole = self.whole
         try:
             sent = (

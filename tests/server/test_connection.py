@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.events import FastlaneClosed, Fault
-from proxy.server import connection
+from proxy.server import aiohttp_slots, connection
 from proxy.server.connection import (
     KEEPALIVE,
     LONGEST_BLOCK,
@@ -955,20 +955,20 @@ async def test_refused_headers(proxy: InsideProxy) -> None:
 # --- another aiohttp --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slot", ["_slot_of_another_version", *connection._SLOTS])
+@pytest.mark.parametrize("slot", ["_slot_of_another_version", *aiohttp_slots._SLOTS])
 def test_missing_slots(monkeypatch: pytest.MonkeyPatch, slot: str) -> None:
     """What this module looks at is there, and is missed when it is not."""
-    assert connection.missing_slots() == []
-    renamed = [f"{name}_of_old" if name == slot else name for name in connection._SLOTS]
-    monkeypatch.setattr(connection, "_SLOTS", (*renamed, "_of_old"))
-    assert "_of_old" in connection.missing_slots()
+    assert aiohttp_slots.missing_slots() == []
+    renamed = [f"{name}_of_old" if name == slot else name for name in aiohttp_slots._SLOTS]
+    monkeypatch.setattr(aiohttp_slots, "_SLOTS", (*renamed, "_of_old"))
+    assert "_of_old" in aiohttp_slots.missing_slots()
 
 
 async def test_an_unknown_aiohttp(
     cache: BinaryCacheSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an aiohttp that lacks a slot the fast lane is closed, which is said once; all is answered."""
-    monkeypatch.setattr(connection, "_SLOTS", (*connection._SLOTS, "_of_another_version"))
+    monkeypatch.setattr(aiohttp_slots, "_SLOTS", (*aiohttp_slots._SLOTS, "_of_another_version"))
     async with hot_proxy(tmp_path, cache) as proxy:
         await heat(proxy)
         async with Wire(proxy.url) as wire:
