@@ -21,6 +21,6 @@ _SLOTS: Final = (
 
 
 def missing_slots() -> list[str]:
-    """Return what this module looks at in aiohttp and that is not there."""
+    """Return what is looked at in aiohttp and is not there."""
     slots = {slot for kind in web.RequestHandler.__mro__ for slot in getattr(kind, "__slots__", ())}
     return [slot for slot in _SLOTS if slot not in slots]
