@@ -33,6 +33,7 @@ ENTRY = StoreEntry.make("hello-1.0")
 AS_NOBODY = """
 import contextlib, io, os, sys
 from proxy import cli
+from proxy.cli import alone, daemon  # imported late, and here as long as we may read them
 arguments = sys.argv
 sys.argv = [arguments[0], "status", "--store", "/dev/null"]
 with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):

@@ -7,17 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from proxy.cli import assembly
-from proxy.cli.handlers import StoreCommands
 from proxy.cli.options import configuration
 from proxy.config import Config
 from proxy.control import client
 from proxy.control.client import Progress
 from proxy.errors import NotRunningError, StoreError
-from proxy.events import ignore
-from proxy.pins import FromStore, Pins
-from proxy.store.eviction import Limits
-from proxy.store.folder import Store
 from proxy.store.layout import Layout
 
 
@@ -61,7 +55,9 @@ def ask_anybody(
         return ask_daemon(config, command, arguments, progress)
     except NotRunningError:
         refuse_absent(config)
-    return asyncio.run(_alone(config, command, arguments, progress))
+    from proxy.cli import alone  # noqa: PLC0415  # takes long, and a daemon makes it needless
+
+    return asyncio.run(alone.carry_out(config, command, arguments, progress))
 
 
 def refuse_absent(config: Config) -> None:
@@ -75,24 +71,3 @@ def refuse_absent(config: Config) -> None:
         raise StoreError(f"no daemon runs on {path}, which is no folder")
     if not Layout(path).cache_info.exists():
         raise StoreError(f"no daemon runs on {path}, and there is no store")
-
-
-async def _alone(
-    config: Config,
-    command: str,
-    arguments: Mapping[str, Any],
-    progress: Progress,
-) -> Mapping[str, Any]:
-    """Carry out a command on the store, under its lock."""
-
-    async def tell(told: Mapping[str, Any]) -> None:  # as a daemon's does
-        progress(told)
-
-    limits = Limits(config.store.max_size, config.store.min_free)
-    store = Store(config.store.path, assembly.cache_info(config), ignore, limits)
-    try:
-        pins = Pins(store, FromStore(store), limits)
-        commands = StoreCommands(store, pins).table()
-        return await commands[command](arguments, tell)
-    finally:
-        await store.close()

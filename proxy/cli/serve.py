@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from proxy.cli.daemon import Daemon
-from proxy.cli.logs import set_up_logs
+from proxy import collector
 from proxy.cli.options import (
     ConfigFile,
     Listen,
@@ -30,5 +29,8 @@ def serve(
         return configuration(config, listen, store, upstream, trusted_key)
 
     first = read()
+    with collector.resting():  # most of what we are made of, which no other command needs
+        from proxy.cli.daemon import Daemon  # noqa: PLC0415
+        from proxy.cli.logs import set_up_logs  # noqa: PLC0415
     set_up_logs(first.log)
     asyncio.run(Daemon(first, read).run())

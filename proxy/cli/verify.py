@@ -6,21 +6,16 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
 
-from proxy.cli import assembly
 from proxy.cli.asking import ask_daemon, refuse_absent
 from proxy.cli.options import ConfigFile, StorePath, TrustedKeys, configuration
-from proxy.cli.verifying import verify_store
 from proxy.config import Config
+from proxy.control.client import Progress
 from proxy.errors import NotRunningError
-from proxy.events import ignore
-from proxy.store.folder import Store
-
-Progress = Callable[[Mapping[str, Any]], None]
 
 _PLAIN_STEPS = 10
 """Lines of progress where there is no terminal that could show a bar."""
@@ -46,7 +41,7 @@ def verify(
         try:
             found = _ask_daemon(settings, show, restart=restart)
         except NotRunningError:
-            found = asyncio.run(_verify_alone(settings, show, restart=restart))
+            found = _verify_alone(settings, show, restart=restart)
     if found is None:
         typer.echo("interrupted; the next verify goes on there", err=True)
         raise typer.Exit(1)
@@ -77,9 +72,7 @@ def _ask_daemon(config: Config, show: Progress, *, restart: bool) -> Mapping[str
         return None
 
 
-async def _verify_alone(
-    config: Config, show: Progress, *, restart: bool
-) -> Mapping[str, Any] | None:
+def _verify_alone(config: Config, show: Progress, *, restart: bool) -> Mapping[str, Any] | None:
     """Check a store that no daemon has.
 
     Returns:
@@ -89,22 +82,9 @@ async def _verify_alone(
         StoreError: There is no store, or it cannot be used.
     """
     refuse_absent(config)
+    from proxy.cli import alone  # noqa: PLC0415  # takes long, and a daemon makes it needless
 
-    async def tell(progress: Mapping[str, Any]) -> None:
-        show(progress)
-
-    store = Store(config.store.path, assembly.cache_info(config), ignore)
-    try:
-        work = asyncio.ensure_future(
-            verify_store(store, assembly.trust(config), tell, restart=restart)
-        )
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, work.cancel)
-        with contextlib.suppress(asyncio.CancelledError):
-            return await work
-        return None
-    finally:
-        await store.close()
+    return asyncio.run(alone.verify(config, show, restart=restart))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from proxy.workers.worker import main
+from proxy import collector
+
+
+def main() -> None:
+    """Import what it takes, and run."""
+    with collector.resting():
+        from proxy.workers import worker  # noqa: PLC0415
+
+    worker.main()
+
 
 if __name__ == "__main__":
     main()
