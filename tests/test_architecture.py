@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -93,3 +94,16 @@ def test_code_map_is_complete() -> None:
     assert named == {path.name for path in MODULES.values() if path.name != "__init__.py"}
     packages = {path.parent.name for path in MODULES.values() if path.name == "__init__.py"}
     assert {package for package in packages if f"{package}/" not in text} == set()
+
+
+def test_commands_load_no_daemon() -> None:
+    """A command that a running daemon carries out does without what a daemon is made of: it takes long."""
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, proxy.cli; print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert {"proxy.cli.status", "proxy.cli.asking", "typer"} <= {*loaded}
+    assert {"proxy.cli.daemon", "proxy.cache", "aiohttp", "structlog"}.isdisjoint(loaded)

@@ -13,6 +13,7 @@ from proxy.cli.handlers import StoreCommands
 from proxy.cli.verifying import verify_store
 from proxy.config import Config
 from proxy.control.client import Progress
+from proxy.control.server import Tell
 from proxy.events import ignore
 from proxy.pins import FromStore, Pins
 from proxy.store.eviction import Limits
@@ -28,16 +29,12 @@ async def carry_out(
         CommandError: It cannot be done.
         StoreError: The store cannot be used, or somebody else has it.
     """
-
-    async def tell(told: Mapping[str, Any]) -> None:  # as a daemon's does
-        progress(told)
-
     limits = Limits(config.store.max_size, config.store.min_free)
     store = Store(config.store.path, assembly.cache_info(config), ignore, limits)
     try:
         pins = Pins(store, FromStore(store), limits)
         commands = StoreCommands(store, pins).table()
-        return await commands[command](arguments, tell)
+        return await commands[command](arguments, _teller(progress))
     finally:
         await store.close()
 
@@ -51,14 +48,10 @@ async def verify(config: Config, progress: Progress, *, restart: bool) -> Mappin
     Raises:
         StoreError: The store cannot be used, or somebody else has it.
     """
-
-    async def tell(told: Mapping[str, Any]) -> None:
-        progress(told)
-
     store = Store(config.store.path, assembly.cache_info(config), ignore)
     try:
         work = asyncio.ensure_future(
-            verify_store(store, assembly.trust(config), tell, restart=restart)
+            verify_store(store, assembly.trust(config), _teller(progress), restart=restart)
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, work.cancel)
@@ -67,3 +60,10 @@ async def verify(config: Config, progress: Progress, *, restart: bool) -> Mappin
         return None
     finally:
         await store.close()
+
+
+def _teller(progress: Progress) -> Tell:
+    async def tell(told: Mapping[str, Any]) -> None:  # as a daemon's does, which has to wait for it
+        progress(told)
+
+    return tell

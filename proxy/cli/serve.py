@@ -29,7 +29,7 @@ def serve(
         return configuration(config, listen, store, upstream, trusted_key)
 
     first = read()
-    with collector.resting():  # most of what we are made of, which no other command needs
+    with collector.resting():  # takes long, and no other command needs it
         from proxy.cli.daemon import Daemon  # noqa: PLC0415
         from proxy.cli.logs import set_up_logs  # noqa: PLC0415
     set_up_logs(first.log)
