@@ -60,14 +60,15 @@ class Text:
         return self.known.origin
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NarAtHand:
     """A NAR of the store that can be sent without waiting, and where it came from.
 
-    ``body`` is all of it, or an open file, which whoever has it closes.
+    ``content`` is all of it, or its beginning, and then ``file`` has the rest; whoever has that closes it.
     """
 
-    body: bytes | OpenFile
+    content: bytes | bytearray
+    file: OpenFile | None
     etag: str | None
     result: Result
     upstream: str

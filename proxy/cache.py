@@ -238,14 +238,14 @@ class Cache:
         was_ahead = self.ahead.asked(str(name))
         return await self._nar(name, PREFETCHED if was_ahead else None)
 
-    def nar_at_hand(self, name: NarName, most: int, read: int) -> NarAtHand | None:
+    def nar_at_hand(self, name: NarName, most: int, whole: int) -> NarAtHand | None:
         """Return a NAR of the store that has at most so many bytes, as `Supplier.nar_at_hand` does."""
-        found = self._supplier.nar_at_hand(name, most, read)
+        found = self._supplier.nar_at_hand(name, most, whole)
         if found is None:
             return None
-        body, known = found
-        result = PREFETCHED if self.ahead.asked(str(name)) else HIT
-        return NarAtHand(body, known.etag, result, known.origin)
+        content, rest, known = found
+        result = PREFETCHED if self.ahead.asked(name.text) else HIT
+        return NarAtHand(content, rest, known.etag, result, known.origin)
 
     async def _nar(self, name: NarName, result: Result | None = None) -> Content:
         key = str(name)

@@ -253,14 +253,17 @@ class Supplier:
         return file
 
     def nar_at_hand(
-        self, name: NarName, most: int, read: int
-    ) -> tuple[bytes | OpenFile, KnownPath] | None:
+        self, name: NarName, most: int, whole: int
+    ) -> tuple[bytearray, OpenFile | None, KnownPath] | None:
         """Return a NAR of the store if it can be sent without waiting, and nothing else is to be done.
 
         Args:
             name: The NAR.
             most: Bytes that it may have.
-            read: Bytes up to which it is read; a larger one is opened.
+            whole: Bytes up to which all of it is read.
+
+        Returns:
+            All of it, or its beginning and the file for the rest; and what is known of the path.
 
         Raises:
             BlockingIOError: The disk was asked for it, and may have it in memory soon.
@@ -271,8 +274,8 @@ class Supplier:
         size = known.info.size_on_disk
         if size is None or size > most or not self._store.has_narinfo(name.hash_part):
             return None
-        body = self._store.nar_at_hand(name, size, read)
-        return None if body is None else (body, known)
+        content = self._store.nar_at_hand(name, size, whole)
+        return None if content is None else (*content, known)
 
     def kept_file(self, path: str) -> OpenFile | None:
         """Open another file of the store."""

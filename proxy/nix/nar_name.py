@@ -9,7 +9,7 @@ server in between rewrites it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Self
 
 from proxy.errors import ParseError
@@ -39,7 +39,7 @@ _FORM: Final = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class NarName:
     """A NAR as this proxy names it.
 
@@ -47,11 +47,18 @@ class NarName:
         hash_part: Of the store path that the NAR was asked for.
         nar_hash: SHA-256 of the NAR before compression.
         compression: A key of `EXTENSIONS`.
+        text: The name, which says all of that; what `str` gives.
     """
 
     hash_part: HashPart
     nar_hash: Hash
     compression: str
+    text: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Write the name: it is asked for ten times while the NAR is fetched."""
+        text = f"{self.hash_part}-{self.nar_hash.nix32}.nar{EXTENSIONS[self.compression]}"
+        object.__setattr__(self, "text", text)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -73,5 +80,13 @@ class NarName:
         )
 
     def __str__(self) -> str:
-        """Write the name."""
-        return f"{self.hash_part}-{self.nar_hash.nix32}.nar{EXTENSIONS[self.compression]}"
+        """Return the name."""
+        return self.text
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether it is the same name."""
+        return isinstance(other, NarName) and self.text == other.text
+
+    def __hash__(self) -> int:
+        """Hash the name."""
+        return hash(self.text)

@@ -66,6 +66,7 @@ class NarInfo:
         ca: What its path was computed from, if from its content.
         fields: The text: each name and value that is written again, in order; the URL's value is
             only in ``url``.
+        nar_name: The name under which this proxy issues the NAR.
     """
 
     # Signed
@@ -86,16 +87,18 @@ class NarInfo:
 
     fields: tuple[tuple[str, str], ...]
 
+    nar_name: NarName = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Name the NAR."""
+        name = NarName(self.store_path.hash_part, self.nar_hash, self.compression)
+        object.__setattr__(self, "nar_name", name)
+
     @property
     def fingerprint(self) -> bytes:
         """What is signed (``ValidPathInfo::fingerprint`` in ``src/libstore/path-info.cc``)."""
         references = ",".join(map(str, self.references))
         return f"1;{self.store_path};{self.nar_hash};{self.nar_size};{references}".encode()
-
-    @property
-    def nar_name(self) -> NarName:
-        """The name under which this proxy issues the NAR."""
-        return NarName(self.store_path.hash_part, self.nar_hash, self.compression)
 
     @property
     def size_on_disk(self) -> int | None:

@@ -78,13 +78,13 @@ class Cache(Protocol):
     def keeps_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is in the store."""
 
-    def nar_at_hand(self, name: NarName, most: int, read: int) -> NarAtHand | None:
+    def nar_at_hand(self, name: NarName, most: int, whole: int) -> NarAtHand | None:
         """Return a NAR of the store that has at most so many bytes, if that takes no waiting.
 
         Args:
             name: The NAR.
             most: Bytes that it may have.
-            read: Bytes up to which it is read; a larger one is opened.
+            whole: Bytes up to which all of it is read; of a larger one its beginning is.
 
         Raises:
             BlockingIOError: The disk was asked for it, and may have it in memory soon.

@@ -54,11 +54,9 @@ SMALL_NAR: Final = 256 * 2**10
 """Bytes up to which it is taken into memory when it is asked for again `SOON`: a few write(2) from there take
 less time than a few open(2) and sendfile(2)."""
 
-TINY_NAR: Final = 4 * 2**10
-"""Bytes up to which it is read, and taken into memory, when it is asked for once: that takes no longer."""
-
-SOON: Final = 5.0
-"""Seconds. Who pulls a closure asks for each of its NARs once, and the next one comes later."""
+SOON: Final = 1.0
+"""Seconds. Who pulls a closure asks for each of its NARs once; a closure that others pull right after him
+has more NARs than `NAR_BYTES`, and each would be pushed out of memory by the next."""
 
 MOST_HELD: Final = 32 * 2**20
 """Bytes that slow clients may leave in our memory, all together, until NARs take the long way, which holds
@@ -83,9 +81,11 @@ class _Status:
         self.date = slice(len(self._line), len(self._line) + len(_NO_DATE))
         """Where the date goes."""
 
-    def answer(self, rest: bytes, body: bytes) -> bytearray:
+    def answer(self, rest: bytes, body: bytes | bytearray) -> bytearray:
         """Write an answer: status, room for the date, other headers, body."""
-        return bytearray(b"%b%b\r\n%b%b" % (self._line, _NO_DATE, rest, body))
+        whole = bytearray(b"%b%b\r\n%b" % (self._line, _NO_DATE, rest))
+        whole += body
+        return whole
 
 
 _FOUND: Final = _Status(b"HTTP/1.1 200 OK")
@@ -145,7 +145,7 @@ class _NarRequest:
         else:
             soon = lane.now < self._asked + SOON
             # The store notes the use.
-            nar = lane.bring_in(self._target, self._name, SMALL_NAR if soon else TINY_NAR)
+            nar = lane.bring_in(self._target, self._name, SMALL_NAR if soon else 0)
             if nar is None:
                 return None
             self._asked = lane.now
@@ -315,26 +315,25 @@ class FastLane:
                     return _NarRequest(self, target, wanted.name).answer
         return None
 
-    def bring_in(self, target: bytes, name: NarName, read: int) -> _Nar | None:
-        """Have a NAR answered, if the disk has it at hand; one of up to ``read`` bytes is taken into memory.
+    def bring_in(self, target: bytes, name: NarName, whole: int) -> _Nar | None:
+        """Have a NAR answered, if the disk has it at hand; one of up to ``whole`` bytes is taken into memory.
 
         What was fetched ahead is not kept, since most of it is asked for once.
         """
         try:
-            nar = self.cache.nar_at_hand(name, LARGEST_NAR, read)
+            nar = self.cache.nar_at_hand(name, LARGEST_NAR, whole)
         except BlockingIOError:
             self.disk_asked = True
             return None
         if nar is None:
             return None
-        if isinstance(nar.body, bytes):
-            return self._take_in(target, name, nar, nar.body)
-        made = _Nar(
-            name, _FOUND.answer(_rest(nar, nar.body.size), b""), nar.body.size, self._count(nar)
-        )
-        made.whole[_FOUND.date] = self.date
-        made.answered_in = self.second
-        made.answer = FileAnswer(made.whole, nar.body)
+        made = self._make(name, nar)
+        if nar.file is None:
+            self._take_in(target, made, nar.result)
+        else:
+            made.whole[_FOUND.date] = self.date
+            made.answered_in = self.second
+            made.answer = FileAnswer(made.whole, nar.file, len(nar.content))
         return made
 
     def keep(self, target: str, name: NarName, content: Content) -> None:
@@ -347,17 +346,18 @@ class FastLane:
         except StoreError:
             return  # whoever serves it finds out
         if len(body) == file.size:
-            nar = NarAtHand(body, content.etag, HIT, content.upstream)
-            self._take_in(target.encode("latin-1", "replace"), name, nar, body)
+            nar = NarAtHand(body, None, content.etag, HIT, content.upstream)
+            self._take_in(target.encode("latin-1", "replace"), self._make(name, nar), HIT)
 
-    def _take_in(self, target: bytes, name: NarName, nar: NarAtHand, body: bytes) -> _Nar:
-        made = _Nar(name, _FOUND.answer(_rest(nar, len(body)), body), len(body), self._count(nar))
-        if nar.result == HIT:
-            self._nars.put(target, made)
-        return made
+    def _make(self, name: NarName, nar: NarAtHand) -> _Nar:
+        size = len(nar.content) if nar.file is None else nar.file.size
+        rest = tail(file_headers(NAR_TYPE, nar.etag, nar.result, nar.upstream), size)
+        count = self.nars if nar.result == HIT else self.nars_ahead
+        return _Nar(name, _FOUND.answer(rest, nar.content), size, count)
 
-    def _count(self, nar: NarAtHand) -> _Count:
-        return self.nars if nar.result == HIT else self.nars_ahead
+    def _take_in(self, target: bytes, nar: _Nar, result: Result) -> None:
+        if result == HIT:
+            self._nars.put(target, nar)
 
     def touch_nar(self, target: bytes) -> None:
         """Note that a NAR in memory is used."""
@@ -394,7 +394,3 @@ class FastLane:
         """Tell the rest, and forget everything."""
         self.flush()
         self.forget_nars()
-
-
-def _rest(nar: NarAtHand, size: int) -> bytes:
-    return tail(file_headers(NAR_TYPE, nar.etag, nar.result, nar.upstream), size)

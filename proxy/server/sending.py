@@ -11,18 +11,20 @@ from proxy.store.files import OpenFile
 
 
 class FileAnswer:
-    """An answer whose body is a file that the disk has at hand. It is sent once.
+    """An answer whose end is in a file that the disk has at hand. It is sent once.
 
     Args:
-        head: What goes before the body.
-        file: The body, which is closed once it was sent.
+        head: What goes before that: headers, and the beginning of the file.
+        file: The file, which is closed once the answer was sent.
+        position: Where the rest of the file begins.
     """
 
-    __slots__ = ("_file", "_head")
+    __slots__ = ("_file", "_head", "_position")
 
-    def __init__(self, head: bytearray, file: OpenFile) -> None:
+    def __init__(self, head: bytearray, file: OpenFile, position: int) -> None:
         self._head = head
         self._file = file
+        self._position = position
 
     def send(self, socket: int) -> bytes:
         """Send it, and return what the socket did not take.
@@ -31,20 +33,20 @@ class FileAnswer:
             OSError: It cannot be completed, because its file cannot be read; what is wrong with a socket its
                 transport finds out.
         """
+        head, position = memoryview(self._head), self._position
         with self._file as file:
-            head, sent = bytes(self._head), 0
             try:
                 head = head[os.write(socket, head) :]
                 if not head:
-                    sent = os.sendfile(socket, file.fd, 0, file.size)
+                    position += os.sendfile(socket, file.fd, position, file.size - position)
             except OSError:
                 pass  # of the socket: the transport will find the same, and knows what to do
-            if sent == file.size:
+            if position == file.size:
                 return b""
-            rest = os.pread(file.fd, file.size - sent, sent)
-            if len(rest) < file.size - sent:
+            rest = os.pread(file.fd, file.size - position, position)
+            if len(rest) < file.size - position:
                 raise OSError(errno.EIO, "the file has become shorter")
-            return head + rest
+            return bytes(head) + rest
 
 
 Answer: TypeAlias = bytearray | SharedAnswer | FileAnswer

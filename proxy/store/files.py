@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Self
 
 from proxy.errors import DamagedError, StoreError
-from proxy.store.pages import ask_for, bring_in_beginning, look_at
+from proxy.store.pages import ask_for, bring_in_beginning, look_at, read_in_memory
 
 _DAMAGE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
 """What the kernel says of what cannot be read any more: bad blocks, inconsistency, a wrong checksum."""
+
+BEGINNING = 2**14
+"""Bytes of a file at hand that are read in any case: they are sent with what goes before them."""
 
 BLOCK = 512
 """The unit of ``st_blocks`` (stat(2)), whatever the file system's own block size is."""
@@ -123,29 +126,46 @@ class OpenFile:
             return cls(fd, os.fstat(fd).st_size)
 
     @classmethod
-    def at_hand(cls, path: str, size: int) -> Self | None:
-        """Open what is to be sent at once, if it is as long as it should be and in memory.
+    def at_hand(cls, path: str, size: int, whole: int) -> tuple[bytearray, Self | None] | None:
+        """Read what is to be sent at once, if it is as long as it should be and in memory.
 
         Nothing keeps it from being evicted, which takes it from nobody who has it open.
+
+        Args:
+            path: The file.
+            size: Bytes that it should have.
+            whole: Bytes up to which all of it is read.
+
+        Returns:
+            All of it; or the first `BEGINNING` bytes, and the file for the rest.
 
         Raises:
             BlockingIOError: It is not in memory, and the disk was asked for it: it may be there soon.
         """
         try:
-            file = cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), size)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
         try:
-            if os.fstat(file.fd).st_size == size:
-                look_at(file.fd, 0, size)
-                return file
+            if size <= max(whole, BEGINNING):
+                content = read_in_memory(fd, 0, size + 1)
+                if len(content) == size:
+                    return content, None
+                look_at(fd, 0, size)
+            else:
+                content = read_in_memory(fd, 0, BEGINNING)
+                look_at(fd, BEGINNING, size)
+                if len(content) == BEGINNING and len(read_in_memory(fd, size - 1, 2)) == 1:
+                    rest, fd = cls(fd, size), -1
+                    return content, rest
         except BlockingIOError:
-            if ask_for(file.fd, size):
-                file.close()
+            if ask_for(fd, size):
                 raise
         except OSError:
             pass
-        file.close()
+        finally:
+            if fd >= 0:
+                os.close(fd)
         return None
 
     async def check(self, size: int | None) -> None:
@@ -185,7 +205,7 @@ class OpenFile:
         """Return the size, which a complete file has."""
         return self.size
 
-    def read_at_once(self) -> bytes:
+    def read_at_once(self) -> bytes | bytearray:
         """Return the beginning of the file, as far as it can be read without waiting for a disk.
 
         For what was read just before: a file system that cannot tell (no ``RWF_NOWAIT``) is believed
@@ -194,17 +214,15 @@ class OpenFile:
         Raises:
             StoreError: The disk failed.
         """
-        buffer = bytearray(self.size)
         with disk("cannot read"):
             try:
-                count = os.preadv(self.fd, [buffer], 0, os.RWF_NOWAIT)
+                return read_in_memory(self.fd, 0, self.size)
             except BlockingIOError:
                 return b""
             except OSError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     raise
-                count = os.preadv(self.fd, [buffer], 0)
-        return bytes(memoryview(buffer)[:count])
+                return os.pread(self.fd, self.size, 0)
 
     def close(self) -> None:
         """Close the descriptor; safe to repeat."""

@@ -158,13 +158,15 @@ class Store(StoreReader):
         path = self.layout.nar(name)
         return None if path in self._quarantine else self._open(path)
 
-    def nar_at_hand(self, name: NarName, size: int, read: int) -> bytes | OpenFile | None:
+    def nar_at_hand(
+        self, name: NarName, size: int, whole: int
+    ) -> tuple[bytearray, OpenFile | None] | None:
         """Return a NAR that is here, if that takes no waiting; raise as `StoreReader.nar_at_hand`."""
         path = self.layout.nar_name(name)
-        body = None if path in self._quarantine else super().nar_at_hand(name, size, read)
-        if body is not None:
+        content = None if path in self._quarantine else OpenFile.at_hand(path, size, whole)
+        if content is not None:
             self.index.used(path)
-        return body
+        return content
 
     def has_narinfo(self, hash_part: HashPart) -> bool:
         """Tell whether a path is here whole: its NAR, and the narinfo that is published after it."""

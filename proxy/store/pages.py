@@ -64,6 +64,18 @@ def look_at(fd: int, start: int, stop: int) -> None:
         os.preadv(fd, [byte], offset, os.RWF_NOWAIT)
 
 
+def read_in_memory(fd: int, start: int, count: int) -> bytearray:
+    """Read up to ``count`` bytes of a file: as many as can be read without waiting.
+
+    Raises:
+        BlockingIOError: None of it can.
+        OSError: The file system cannot tell, or cannot read.
+    """
+    content = bytearray(count)
+    del content[os.preadv(fd, [content], start, os.RWF_NOWAIT) :]
+    return content
+
+
 def ask_for(fd: int, size: int) -> bool:
     """Have the kernel read a file, without waiting, if it has no more than `LITTLE`; tell whether it has."""
     if size > LITTLE:

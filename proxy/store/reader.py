@@ -7,12 +7,10 @@ a thread. One that is not in memory is brought there first, by a thread.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Final
 
-from proxy.errors import StoreError
 from proxy.nix.nar_name import NarName
 from proxy.nix.store_path import HashPart
 from proxy.store import pages
@@ -82,23 +80,18 @@ class StoreReader:
         """
         return self._open(self.layout.nar(name))
 
-    def nar_at_hand(self, name: NarName, size: int, read: int) -> bytes | OpenFile | None:
+    def nar_at_hand(
+        self, name: NarName, size: int, whole: int
+    ) -> tuple[bytearray, OpenFile | None] | None:
         """Return a NAR that is here, if it is as long as it should be and takes no waiting.
 
         Returns:
-            All of it, or an open file if that has more than ``read`` bytes.
+            All of it, or its beginning and the file: `OpenFile.at_hand`.
 
         Raises:
             BlockingIOError: The disk was asked for it, and may have it in memory soon.
         """
-        file = OpenFile.at_hand(self.layout.nar_name(name), size)
-        if file is None or size > read:
-            return file
-        with file, contextlib.suppress(StoreError):  # the long way finds out, and can wait
-            body = file.read_at_once()
-            if len(body) == size:
-                return body
-        return None
+        return OpenFile.at_hand(self.layout.nar_name(name), size, whole)
 
     def has_nar(self, name: NarName) -> bool:
         """Tell whether a NAR is here."""

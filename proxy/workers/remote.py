@@ -195,7 +195,7 @@ class RemoteCache:
         """
         return await self._stored_nar(name) or await self._arriving("nar", str(name))
 
-    def nar_at_hand(self, name: NarName, most: int, read: int) -> NarAtHand | None:
+    def nar_at_hand(self, name: NarName, most: int, whole: int) -> NarAtHand | None:
         """Return a NAR of the store, if that takes no waiting; raise as `proxy.cache.Cache.nar_at_hand`."""
         held = self.hot_narinfo(name.hash_part)
         if (
@@ -207,11 +207,11 @@ class RemoteCache:
             return None
         if held.size is None or held.size > most or not self.keeps(name.hash_part):
             return None
-        body = self._store.nar_at_hand(name, held.size, read)
-        if body is None:
+        found = self._store.nar_at_hand(name, held.size, whole)
+        if found is None:
             return None
         self.used(name)
-        return NarAtHand(body, held.etag, HIT, held.origin)
+        return NarAtHand(*found, held.etag, HIT, held.origin)
 
     async def nar_head(self, name: NarName) -> Content:
         """Return what `nar` would, without fetching it: `proxy.cache.Cache.nar_head`.

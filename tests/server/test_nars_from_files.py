@@ -17,8 +17,9 @@ from proxy.events import FastlaneServed, Fault
 from proxy.nix.nar_name import NarName
 from proxy.prefetch import LookAhead
 from proxy.server import fastlane
-from proxy.server.fastlane import SMALL_NAR, SOON, TINY_NAR
+from proxy.server.fastlane import SMALL_NAR, SOON
 from proxy.store.eviction import Limits
+from proxy.store.files import BEGINNING
 from tests.closures import StoreEntry
 from tests.conftest import StartSimulator
 from tests.inside import InsideProxy
@@ -101,9 +102,9 @@ async def test_each_request(proxy: InsideProxy) -> None:
 @pytest.mark.parametrize(
     ("size", "pause", "is_kept"),
     [
-        pytest.param(TINY_NAR // 2, SOON, True, id="tiny"),
-        pytest.param(TINY_NAR * 2, 0.99 * SOON, True, id="asked for again soon"),
-        pytest.param(TINY_NAR * 2, SOON, False, id="asked for again later"),
+        pytest.param(BEGINNING // 2, SOON, True, id="tiny"),
+        pytest.param(BEGINNING * 2, 0.99 * SOON, True, id="asked for again soon"),
+        pytest.param(BEGINNING * 2, SOON, False, id="asked for again later"),
         pytest.param(SMALL_NAR * 2, 0.0, False, id="not small"),
     ],
 )
@@ -121,7 +122,7 @@ async def test_what_is_taken_into_memory(
         proxy.server.lane.forget_nars()
         async with Lane(proxy) as lane:
             assert await lane.ask(nar) == (right, True)
-            assert len(proxy.server.lane._nars) == (size < TINY_NAR)
+            assert len(proxy.server.lane._nars) == (size < BEGINNING)
             proxy.clock.now += pause
             assert await lane.ask(nar) == (right, True)
             assert len(proxy.server.lane._nars) == is_kept
@@ -216,7 +217,7 @@ async def test_what_is_not_in_memory(proxy: InsideProxy, monkeypatch: pytest.Mon
         answer, took_it = await lane.ask(NAR)
         assert (answer.body, took_it) == (FILE, False)
         assert open_files(proxy) == 0
-    assert looked_at == [(0, len(FILE))]
+    assert looked_at == [(BEGINNING, len(FILE))]
 
 
 @pytest.mark.parametrize("send_buffer", [None, LITTLE])

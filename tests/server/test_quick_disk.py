@@ -15,10 +15,9 @@ import pytest
 
 from proxy.events import Fault
 from proxy.server.connection import DISK_TURNS, REGULAR
-from proxy.server.fastlane import TINY_NAR
 from proxy.server.listening import listening
 from proxy.store import files, pages
-from proxy.store.files import OpenFile
+from proxy.store.files import BEGINNING, OpenFile
 from proxy.store.pages import LITTLE
 from tests.closures import StoreEntry
 from tests.conftest import StartSimulator
@@ -31,7 +30,7 @@ pytestmark = pytest.mark.timeout(60)
 
 ENTRIES = [
     StoreEntry.make(f"one-{size}", random.Random(size).randbytes(size), compression="none")
-    for size in (TINY_NAR // 2, 10 * TINY_NAR, LITTLE + 1)
+    for size in (BEGINNING // 2, 3 * BEGINNING, LITTLE + 1)
 ]
 NARINFO = ENTRIES[0].narinfo_path
 TINY, SMALL, MEDIUM = (f"/nar/{each.hash_part}-{each.nar_hash}.nar" for each in ENTRIES)
@@ -61,9 +60,10 @@ class Disk:
         self._looks = 0
         self.late = 0
         self.asked = asyncio.Event()
-        self._real = pages.look_at
+        self._look_at, self._read = pages.look_at, pages.read_in_memory
         for module in (pages, files):
-            monkeypatch.setattr(module, "look_at", self._look_at)
+            monkeypatch.setattr(module, "look_at", self.look_at)
+        monkeypatch.setattr(files, "read_in_memory", self.read_in_memory)
 
     def forget(self, target: str, late: int) -> None:
         """Have a target on the disk, and in memory after ``late`` looks."""
@@ -73,12 +73,21 @@ class Disk:
         self._looks = 0
         self.late = late
 
-    def _look_at(self, fd: int, start: int, stop: int) -> None:
+    def look_at(self, fd: int, start: int, stop: int) -> None:
+        """As `pages.look_at`."""
+        self._turn()
+        self._look_at(fd, start, stop)
+
+    def read_in_memory(self, fd: int, start: int, count: int) -> bytearray:
+        """As `pages.read_in_memory`."""
+        self._turn()
+        return self._read(fd, start, count)
+
+    def _turn(self) -> None:
         self._looks += 1
         if self._looks <= self.late:
             self.asked.set()
             raise BlockingIOError
-        self._real(fd, start, stop)
 
 
 @pytest.fixture
@@ -186,15 +195,15 @@ async def test_a_file_system_that_cannot_tell(
     """Where the kernel does not say what is in memory, a NAR takes the long way at once."""
     looks = []
 
-    def look_at(fd: int, *_: int) -> None:
+    def read_in_memory(fd: int, *_: int) -> bytearray:
         looks.append(fd)
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    monkeypatch.setattr(files, "look_at", look_at)
+    monkeypatch.setattr(files, "read_in_memory", read_in_memory)
     async with Wire(proxy.url) as reader:
         assert (await reader.ask("/healthz")).status == 200
         assert (await reader.ask(SMALL)).body == bytes(ENTRIES[1].file)
-    assert len(looks) == 1
+    assert len(looks) == 2  # and then to keep what was read the long way
 
 
 async def test_what_was_asked_for_arrives(proxy: InMemoryProxy) -> None:
@@ -204,7 +213,7 @@ async def test_what_was_asked_for_arrives(proxy: InMemoryProxy) -> None:
     proxy.memory.let_go(path)
     drop_pages(path)
     with pytest.raises(BlockingIOError):
-        OpenFile.at_hand(str(path), size)
+        OpenFile.at_hand(str(path), size, 0)
 
     def arrived() -> bool:
         fd = os.open(path, os.O_RDONLY)

@@ -18,6 +18,7 @@ from proxy.server.connection import REGULAR
 from proxy.server.connection import Server as Connections
 from proxy.server.fastlane import SMALL_NAR
 from proxy.server.shared import FILES, LEAST, MOST, OFTEN, SharedAnswer, SharedAnswers
+from proxy.store import files as store_files
 from tests.closures import StoreEntry
 from tests.conftest import StartSimulator
 from tests.inside import InsideProxy
@@ -89,7 +90,7 @@ def calendar(monkeypatch: pytest.MonkeyPatch) -> Calendar:
 @pytest.fixture(autouse=True)
 def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a NAR taken into memory when it is asked for the first time."""
-    monkeypatch.setattr(fastlane, "TINY_NAR", SMALL_NAR)
+    monkeypatch.setattr(store_files, "BEGINNING", SMALL_NAR)
 
 
 @pytest.fixture
