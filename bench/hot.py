@@ -1,7 +1,8 @@
 """Hot: our proxy on one core against nginx with ``proxy_cache`` on the same core, in turn.
 
-Both have everything on disk and in the page cache; the load comes from other cores. Each round measures
-both sides, and who goes first alternates; each round gives one ratio.
+Both have everything on disk and in the page cache; the load comes from other cores, except for two workers
+where there are too few. Each round measures both sides, and who goes first alternates; each round gives one
+ratio.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ CONFIG = '[policy]\nnegative_ttl = "1h"'
 
 WORKERS = 2
 """Where more than one is measured."""
+
+TOGETHER = (
+    "Two workers and their load need more cores than there are, so that each worker shared its core with its "
+    "load: two cores and 64 connections over one core and 32."
+)
+"""What is said where that was so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,21 @@ class Row:
     def per_cpu(self, sample: Sample) -> float:
         """Return what a second of CPU time gives; others on the machine do not change it much."""
         return 1 / self.cost(sample)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A server and the load on it.
+
+    Attributes:
+        server: The server.
+        cores: Where the load goes.
+        share: Of the row's connections.
+    """
+
+    server: Served
+    cores: Sequence[int]
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,58 +171,57 @@ class Bench:
 
     Args:
         folder: For files.
-        cores: Where the load goes.
         rounds: How often each side is measured.
         seconds: How long, each time.
     """
 
-    def __init__(self, folder: Path, cores: Sequence[int], *, rounds: int, seconds: int) -> None:
+    def __init__(self, folder: Path, *, rounds: int, seconds: int) -> None:
         self._folder = folder
-        self._cores = cores
         self._rounds = rounds
         self._seconds = seconds
 
-    def compare(self, row: Row, ours: Served, other: Served) -> Comparison:
+    def compare(self, row: Row, ours: Side, other: Side) -> Comparison:
         """Measure two servers in turn.
 
         Raises:
             LoadError: One of them does not answer as it should.
         """
-        print(f"{row.name}: {ours.name} and {other.name} …", flush=True)
-        files = {server.name: self._make_hot(row, server) for server in (ours, other)}
-        for server in (ours, other):
-            self._sample(row, server, files[server.name], seconds=1)
+        names = ours.server.name, other.server.name
+        print(f"{row.name}: {names[0]} and {names[1]} …", flush=True)
+        for side in (ours, other):
+            self._make_hot(row, side.server)
+            self._sample(row, side, seconds=1)
         rounds = []
         for number in range(self._rounds):
             order = (ours, other) if number % 2 == 0 else (other, ours)
-            samples = {
-                server.name: self._sample(row, server, files[server.name], self._seconds)
-                for server in order
-            }
-            rounds.append((samples[ours.name], samples[other.name]))
-        return Comparison(row, ours.name, other.name, rounds)
+            samples = {side.server.name: self._sample(row, side, self._seconds) for side in order}
+            rounds.append((samples[names[0]], samples[names[1]]))
+        return Comparison(row, *names, rounds)
 
-    def _make_hot(self, row: Row, server: Served) -> Path:
+    def _make_hot(self, row: Row, server: Served) -> None:
         """Write the paths to ask for to a file, in no order that a cache could like."""
         paths = row.paths(server)
         random.Random(row.name).shuffle(paths)
-        file = self._folder / f"{server.name}.paths"
-        file.write_text("".join(f"{path}\n" for path in paths))
-        return file
+        self._paths(server).write_text("".join(f"{path}\n" for path in paths))
 
-    def _sample(self, row: Row, server: Served, paths: Path, seconds: int) -> Sample:
+    def _sample(self, row: Row, side: Side, seconds: int) -> Sample:
+        server, paths = side.server, self._paths(side.server)
+        connections = round(row.connections * side.share)
         if row.in_bytes:
             return load.drain(
-                server, paths, connections=row.connections, seconds=seconds, cores=self._cores
+                server, paths, connections=connections, seconds=seconds, cores=side.cores
             )
         return load.wrk(
             server,
             paths,
-            connections=row.connections,
+            connections=connections,
             seconds=seconds,
-            cores=self._cores,
+            cores=side.cores,
             status=row.status,
         )
+
+    def _paths(self, server: Served) -> Path:
+        return self._folder / f"{server.name}.paths"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -222,45 +243,45 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def _measure(folder: Path, options: argparse.Namespace) -> tuple[list[Comparison], list[str]]:
-    """Return what was measured, and notes on what was not."""
+    """Return what was measured, and notes on how, or why not."""
     cores = machine.Cores.of_this_machine()
-    bench = Bench(folder, cores.load, rounds=options.rounds, seconds=options.seconds)
+    bench = Bench(folder, rounds=options.rounds, seconds=options.seconds)
     works = Works(folder / "upstream")
-    comparisons = []
     with ExitStack() as stack:
         run = stack.enter_context
         files = run(servers.nginx_files(folder / "files", folder / "upstream", cores=cores.load))
-        upstream = [files.url]
-        ours = run(
-            servers.our_proxy(folder / "ours", upstream, cores=cores.servers[:1], config=CONFIG)
-        )
-        nginx = run(servers.nginx_cache(folder / "nginx", files.url, cores=cores.servers[:1]))
-        comparisons += [
-            bench.compare(row, ours, nginx)
+        core = cores.servers[:1]
+        ours = run(servers.our_proxy(folder / "ours", [files.url], cores=core, config=CONFIG))
+        nginx = run(servers.nginx_cache(folder / "nginx", files.url, cores=core))
+        comparisons = [
+            bench.compare(row, Side(ours, cores.load), Side(nginx, cores.load))
             for row in works.against_nginx()
             if options.row in row.name
         ]
-        if options.row not in works.of_two_workers().name:
+        row = works.of_two_workers()
+        if options.row not in row.name:
             return comparisons, []
-        if len(cores.servers) < WORKERS:
-            return comparisons, [
-                f"{WORKERS} workers were not measured: they need a core each, and their load as many."
-            ]
+        apart = len(cores.servers) >= WORKERS
+        theirs = cores.servers[:WORKERS] if apart else (*core, *cores.load)[:WORKERS]
         try:
             two = run(
                 servers.our_proxy(
                     folder / "two",
-                    upstream,
+                    [files.url],
                     name="two workers",
                     workers=WORKERS,
-                    cores=cores.servers[:WORKERS],
+                    cores=theirs,
                     config=CONFIG,
                 )
             )
         except servers.ServerError as error:
             return comparisons, [f"Two workers were not measured: {error}"]
-        comparisons.append(bench.compare(works.of_two_workers(), two, ours))
-    return comparisons, []
+        if apart:
+            sides = Side(two, cores.load), Side(ours, cores.load)
+        else:
+            sides = Side(two, theirs), Side(ours, core, 1 / WORKERS)
+        comparisons.append(bench.compare(row, *sides))
+    return comparisons, [] if apart else [TOGETHER]
 
 
 def _table(comparisons: Iterable[Comparison]) -> str:
