@@ -55,8 +55,8 @@ SMALL_NAR: Final = 256 * 2**10
 less time than a few open(2) and sendfile(2)."""
 
 SOON: Final = 1.0
-"""Seconds. Who pulls a closure asks for each of its NARs once; a closure that others pull right after him
-has more NARs than `NAR_BYTES`, and each would be pushed out of memory by the next."""
+"""Seconds. Who pulls a closure asks for each of its NARs once. If all were taken in for those who pull it
+right afterwards, which are more than `NAR_BYTES`, each would be pushed out before it is asked for again."""
 
 MOST_HELD: Final = 32 * 2**20
 """Bytes that slow clients may leave in our memory, all together, until NARs take the long way, which holds

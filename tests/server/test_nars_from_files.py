@@ -111,7 +111,7 @@ async def test_each_request(proxy: InsideProxy) -> None:
 async def test_what_is_taken_into_memory(
     sim: StartSimulator, tmp_path: Path, size: int, pause: float, *, is_kept: bool
 ) -> None:
-    """A small NAR is, when it is asked for twice in a few seconds: who pulls a closure asks once for each."""
+    """A small NAR is, when it is asked for twice in a second: who pulls a closure asks once for each."""
     entry = StoreEntry.make("some-1.0", random.Random(5).randbytes(size), compression="none")
     nar = f"/nar/{entry.hash_part}-{entry.nar_hash}.nar"
     cache = await sim(entry)
