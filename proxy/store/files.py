@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from proxy.errors import DamagedError, StoreError
-from proxy.store.pages import ask_for, bring_in_beginning, look_at, read_in_memory
+from proxy.store.pages import STRIDE, ask_for, bring_in_beginning, look_at, read_in_memory
 
 _DAMAGE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
 """What the kernel says of what cannot be read any more: bad blocks, inconsistency, a wrong checksum."""
@@ -154,7 +154,8 @@ class OpenFile:
                 look_at(fd, 0, size)
             else:
                 content = read_in_memory(fd, 0, BEGINNING)
-                look_at(fd, BEGINNING, size)
+                if size > STRIDE:
+                    look_at(fd, STRIDE, size)
                 if len(content) == BEGINNING and len(read_in_memory(fd, size - 1, 2)) == 1:
                     rest, fd = cls(fd, size), -1
                     return content, rest

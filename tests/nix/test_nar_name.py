@@ -23,8 +23,21 @@ STEM = f"{HASH_PART}-{NAR_HASH.nix32}.nar"
 def test_round_trip(name: NarName) -> None:
     """A name says everything it was made from, in characters that no URL library touches."""
     text = str(name)
-    assert NarName.parse(text) == name
+    read = NarName.parse(text)
+    assert (read.hash_part, read.nar_hash, read.compression) == (
+        name.hash_part,
+        name.nar_hash,
+        name.compression,
+    )
     assert re.fullmatch(r"[A-Za-z0-9.-]+", text)
+
+
+@given(nar_names, nar_names)
+def test_sameness(one: NarName, other: NarName) -> None:
+    """Names are the same, also as keys, exactly when they read the same; and never the same as their text."""
+    assert (one == other) == (str(one) == str(other))
+    assert {one, NarName.parse(str(one))} == {one}
+    assert one != str(one)
 
 
 @pytest.mark.parametrize(

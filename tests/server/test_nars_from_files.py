@@ -20,6 +20,7 @@ from proxy.server import fastlane
 from proxy.server.fastlane import SMALL_NAR, SOON
 from proxy.store.eviction import Limits
 from proxy.store.files import BEGINNING
+from proxy.store.pages import STRIDE
 from tests.closures import StoreEntry
 from tests.conftest import StartSimulator
 from tests.inside import InsideProxy
@@ -217,7 +218,7 @@ async def test_what_is_not_in_memory(proxy: InsideProxy, monkeypatch: pytest.Mon
         answer, took_it = await lane.ask(NAR)
         assert (answer.body, took_it) == (FILE, False)
         assert open_files(proxy) == 0
-    assert looked_at == [(BEGINNING, len(FILE))]
+    assert looked_at == [(STRIDE, len(FILE))]
 
 
 @pytest.mark.parametrize("send_buffer", [None, LITTLE])
