@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import AsyncIterator, Iterator
 
 from aiohttp import web
@@ -97,11 +98,12 @@ class Delivery:
         is_complete = isinstance(self._file, OpenFile)
         is_judged = is_complete or span.stop == self._file.size
         stop = span.stop if is_judged else span.stop - 1
-        with _duplicate_of(transport) as socket:
+        segments = _full_segments(transport) if is_complete else contextlib.nullcontext()
+        with _duplicate_of(transport) as fd, segments:
             position = span.start
             while position < stop:
                 end = min(stop, await self._file.wait_beyond(position))
-                flow = Flow(socket, self._file.fd, position, end, wary=is_complete)
+                flow = Flow(fd, self._file.fd, position, end, wary=is_complete)
                 try:
                     while not await self._outflow.send(flow, patience=STALL_TIMEOUT):
                         await flow.bring_in()
@@ -127,11 +129,31 @@ class Delivery:
 @contextlib.contextmanager
 def _duplicate_of(transport: asyncio.Transport) -> Iterator[int]:
     """Duplicate a transport's socket: the event loop does not let anybody wait for its own."""
-    socket = os.dup(transport.get_extra_info("socket").fileno())
+    fd = os.dup(transport.get_extra_info("socket").fileno())
     try:
-        yield socket
+        yield fd
     finally:
-        os.close(socket)
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _full_segments(transport: asyncio.Transport) -> Iterator[None]:
+    """Have the kernel send full segments only (TCP_CORK of tcp(7)), and what is left at the end.
+
+    Else the end of each sendfile(2) is one of its own, and to a client on the same machine, whose segments
+    have 64 KiB, so is that of each 64 KiB. Not while a file arrives: what there is of it would be held back.
+    """
+    _cork(transport, 1)
+    try:
+        yield
+    finally:
+        _cork(transport, 0)
+
+
+def _cork(transport: asyncio.Transport, corked: int) -> None:
+    with contextlib.suppress(OSError):  # a socket of another kind, or one that is closed
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, corked)
 
 
 @contextlib.asynccontextmanager

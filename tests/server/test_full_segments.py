@@ -1,0 +1,81 @@
+"""Large files go out in full segments, and what arrives goes out as it arrives."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import StartSimulator
+from tests.faults import Gate
+from tests.server.hot import LARGE, LARGE_NAR, hot_proxy
+from tests.server.piecewise import Piecewise, answers, connections, plain, turns
+
+pytestmark = pytest.mark.timeout(60)
+
+FILE = bytes(LARGE.file)
+BUFFER = 2**18
+"""Bytes: the kernel's buffer for a client that is behind; a few segments."""
+
+
+def is_corked(client: Piecewise) -> bool:
+    """Tell whether the kernel holds back what makes no full segment."""
+    connection = client.transport.get_extra_info("socket")
+    return bool(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))
+
+
+async def test_a_complete_file(sim: StartSimulator, tmp_path: Path) -> None:
+    """While a complete file is sent, only full segments are; its end is not held back."""
+    async with hot_proxy(tmp_path, await sim(LARGE)) as proxy:
+        assert (await proxy.pull(await proxy.nar_url(LARGE.hash_part))).body == FILE
+        await proxy.idle()
+        server = connections(proxy.server)
+        async with Piecewise(server, send_buffer=BUFFER, tcp=True) as client:
+            client.feed(plain(LARGE_NAR))
+            while not is_corked(client):
+                await turns(1)
+            await client.settled()
+            assert not is_corked(client)
+            (answer,) = answers(client.received())
+            assert answer.body == FILE
+        await server.shutdown(1)
+
+
+async def test_a_file_that_arrives(sim: StartSimulator, tmp_path: Path) -> None:
+    """What has come of a file that still arrives is sent at once, whatever segments that makes."""
+    cache = await sim(LARGE)
+    gate = Gate(after=400_000)
+    cache.fault("/nar/*", gate)
+    async with hot_proxy(tmp_path, cache) as proxy:
+        await proxy.nar_url(LARGE.hash_part)
+        server = connections(proxy.server)
+        async with Piecewise(server, tcp=True) as client:
+            client.feed(plain(LARGE_NAR))
+            came = b""
+            while len(came) < 300_000:
+                assert not is_corked(client)
+                await turns(1)
+                came += client.received()
+            gate.open()
+            await client.settled()
+            assert not is_corked(client)
+            (answer,) = answers(came + client.received())
+            assert answer.body == FILE
+        await server.shutdown(1)
+
+
+async def test_a_client_that_leaves(sim: StartSimulator, tmp_path: Path) -> None:
+    """A connection that ends while a file is sent takes nothing with it."""
+    async with hot_proxy(tmp_path, await sim(LARGE)) as proxy:
+        assert (await proxy.pull(await proxy.nar_url(LARGE.hash_part))).body == FILE
+        await proxy.idle()
+        server = connections(proxy.server)
+        async with Piecewise(server, send_buffer=BUFFER, tcp=True) as client:
+            client.feed(plain(LARGE_NAR))
+            while not is_corked(client):
+                await turns(1)
+            client.transport.abort()
+            await client.settled()
+        assert (await proxy.pull(LARGE_NAR)).body == FILE
+        await server.shutdown(1)
