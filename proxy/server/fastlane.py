@@ -316,9 +316,10 @@ class FastLane:
         return None
 
     def bring_in(self, target: bytes, name: NarName, whole: int) -> _Nar | None:
-        """Have a NAR answered, if the disk has it at hand; one of up to ``whole`` bytes is taken into memory.
+        """Have a NAR answered, if the disk has it at hand; what was read whole is taken into memory.
 
-        What was fetched ahead is not kept, since most of it is asked for once.
+        That is one of up to ``whole`` bytes, or a tiny one, where reading takes no longer. What was fetched
+        ahead is not kept, since most of it is asked for once.
         """
         try:
             nar = self.cache.nar_at_hand(name, LARGEST_NAR, whole)
@@ -329,7 +330,8 @@ class FastLane:
             return None
         made = self._make(name, nar)
         if nar.file is None:
-            self._take_in(target, made, nar.result)
+            if nar.result == HIT:
+                self._nars.put(target, made)
         else:
             made.whole[_FOUND.date] = self.date
             made.answered_in = self.second
@@ -347,17 +349,13 @@ class FastLane:
             return  # whoever serves it finds out
         if len(body) == file.size:
             nar = NarAtHand(body, None, content.etag, HIT, content.upstream)
-            self._take_in(target.encode("latin-1", "replace"), self._make(name, nar), HIT)
+            self._nars.put(target.encode("latin-1", "replace"), self._make(name, nar))
 
     def _make(self, name: NarName, nar: NarAtHand) -> _Nar:
         size = len(nar.content) if nar.file is None else nar.file.size
         rest = tail(file_headers(NAR_TYPE, nar.etag, nar.result, nar.upstream), size)
         count = self.nars if nar.result == HIT else self.nars_ahead
         return _Nar(name, _FOUND.answer(rest, nar.content), size, count)
-
-    def _take_in(self, target: bytes, nar: _Nar, result: Result) -> None:
-        if result == HIT:
-            self._nars.put(target, nar)
 
     def touch_nar(self, target: bytes) -> None:
         """Note that a NAR in memory is used."""

@@ -151,7 +151,7 @@ class OpenFile:
                 content = read_in_memory(fd, 0, size + 1)
                 if len(content) == size:
                     return content, None
-                look_at(fd, 0, size)
+                look_at(fd, 0, size)  # perhaps there is more on the disk
             else:
                 content = read_in_memory(fd, 0, BEGINNING)
                 if size > STRIDE:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import StartSimulator
 from tests.faults import Gate
+from tests.inside import InsideProxy
 from tests.server.hot import LARGE, LARGE_NAR, hot_proxy
 from tests.server.piecewise import Piecewise, answers, connections, plain, turns
 
@@ -25,21 +28,34 @@ def is_corked(client: Piecewise) -> bool:
     return bool(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))
 
 
-async def test_a_complete_file(sim: StartSimulator, tmp_path: Path) -> None:
+@pytest.fixture
+async def proxy(sim: StartSimulator, tmp_path: Path) -> AsyncIterator[InsideProxy]:
+    """Return a proxy that has the NAR in its store."""
+    async with hot_proxy(tmp_path, await sim(LARGE)) as running:
+        assert (await running.pull(await running.nar_url(LARGE.hash_part))).body == FILE
+        await running.idle()
+        yield running
+
+
+@asynccontextmanager
+async def halfway(proxy: InsideProxy) -> AsyncIterator[Piecewise]:
+    """Connect a client that is being sent the NAR."""
+    server = connections(proxy.server)
+    async with Piecewise(server, send_buffer=BUFFER, tcp=True) as client:
+        client.feed(plain(LARGE_NAR))
+        while not is_corked(client):
+            await turns(1)
+        yield client
+    await server.shutdown(1)
+
+
+async def test_a_complete_file(proxy: InsideProxy) -> None:
     """While a complete file is sent, only full segments are; its end is not held back."""
-    async with hot_proxy(tmp_path, await sim(LARGE)) as proxy:
-        assert (await proxy.pull(await proxy.nar_url(LARGE.hash_part))).body == FILE
-        await proxy.idle()
-        server = connections(proxy.server)
-        async with Piecewise(server, send_buffer=BUFFER, tcp=True) as client:
-            client.feed(plain(LARGE_NAR))
-            while not is_corked(client):
-                await turns(1)
-            await client.settled()
-            assert not is_corked(client)
-            (answer,) = answers(client.received())
-            assert answer.body == FILE
-        await server.shutdown(1)
+    async with halfway(proxy) as client:
+        await client.settled()
+        assert not is_corked(client)
+        (answer,) = answers(client.received())
+        assert answer.body == FILE
 
 
 async def test_a_file_that_arrives(sim: StartSimulator, tmp_path: Path) -> None:
@@ -65,17 +81,9 @@ async def test_a_file_that_arrives(sim: StartSimulator, tmp_path: Path) -> None:
         await server.shutdown(1)
 
 
-async def test_a_client_that_leaves(sim: StartSimulator, tmp_path: Path) -> None:
+async def test_a_client_that_leaves(proxy: InsideProxy) -> None:
     """A connection that ends while a file is sent takes nothing with it."""
-    async with hot_proxy(tmp_path, await sim(LARGE)) as proxy:
-        assert (await proxy.pull(await proxy.nar_url(LARGE.hash_part))).body == FILE
-        await proxy.idle()
-        server = connections(proxy.server)
-        async with Piecewise(server, send_buffer=BUFFER, tcp=True) as client:
-            client.feed(plain(LARGE_NAR))
-            while not is_corked(client):
-                await turns(1)
-            client.transport.abort()
-            await client.settled()
-        assert (await proxy.pull(LARGE_NAR)).body == FILE
-        await server.shutdown(1)
+    async with halfway(proxy) as client:
+        client.transport.abort()
+        await client.settled()
+    assert (await proxy.pull(LARGE_NAR)).body == FILE
